@@ -1,0 +1,66 @@
+"""permute and unpermute as autograd functions: gathers only, in both directions, so that reruns are bitwise equal.
+
+Autograd's own backward of a gather is an indexed add, which is slow on CPU and uses float atomics on GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def gather_sum(y_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None, kept_TK: Tensor | None) -> Tensor:
+    """sum over k, in order, of weights_TK[t, k] * y_RD[row_TK[t, k]], accumulated in at least fp32."""
+    wide = torch.promote_types(y_RD.dtype, torch.float32)
+    out_TD = y_RD.new_zeros(row_TK.shape[0], y_RD.shape[1], dtype=wide)
+    for k in range(row_TK.shape[1]):
+        part_TD = y_RD.index_select(0, row_TK[:, k]).to(wide)
+        if kept_TK is not None:
+            # rows that did not travel hold no meaning: replace them, a product with 0 would keep their NaNs
+            part_TD.masked_fill_(~kept_TK[:, k, None], 0)
+        if weights_TK is None:
+            out_TD += part_TD
+        else:
+            out_TD.addcmul_(part_TD, weights_TK[:, k, None].to(wide))
+    return out_TD.to(y_RD.dtype)
+
+
+class Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+        ctx.save_for_backward(row_TK, kept_TK)
+        return x_TD.index_select(0, order_R // row_TK.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        row_TK, kept_TK = ctx.saved_tensors
+        return gather_sum(grad_RD, row_TK, None, kept_TK), None, None, None
+
+
+class Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(y_RD, weights_TK, order_R, row_TK, kept_TK)
+        return gather_sum(y_RD, row_TK, weights_TK, kept_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y_RD, weights_TK, order_R, row_TK, kept_TK = ctx.saved_tensors
+        wide = torch.promote_types(y_RD.dtype, torch.float32)
+        grad_RD = grad_TD.index_select(0, order_R // row_TK.shape[1])
+        # <dO, Y> of each row, in row order, then back to (token, k)
+        grad_weights_R = torch.linalg.vecdot(grad_RD.to(wide), y_RD.to(wide))
+        grad_weights_TK = grad_weights_R.index_select(0, row_TK.flatten()).view(row_TK.shape).to(weights_TK.dtype)
+        weights_R = weights_TK.flatten().index_select(0, order_R).to(wide)
+        grad_y_RD = (grad_RD * weights_R[:, None]).to(y_RD.dtype)
+        if kept_TK is not None:
+            grad_weights_TK.masked_fill_(~kept_TK, 0)
+            grad_y_RD.masked_fill_(~kept_TK.flatten().index_select(0, order_R)[:, None], 0)
+        return grad_y_RD, grad_weights_TK, None, None, None

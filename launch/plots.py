@@ -1,0 +1,278 @@
+"""Plots as SVG text: pure functions from data to a string. matplotlib is imported when a plot is drawn.
+
+Every plot is transparent; its ink is `currentColor` and its curves are CSS variables (`--series-0`, ...) with fall-backs,
+so the page decides about light and dark, and the file is readable on its own. The same data always gives the same text:
+no dates, no random ids. `name` prefixes all ids, so several plots can stand in one page.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_POINTS = 400
+# Stand-ins that matplotlib accepts as colours; `_finish` replaces them by CSS.
+_INK, _GRID = "#010203", "#010204"
+# Told apart with colour-blindness (after Okabe and Ito) and with at least 3:1 contrast on white; the page sets lighter
+# ones for dark mode. Runs differ in dashes too, for print and for people who see no colour.
+_SERIES = ("#0072b2", "#c44e00", "#00835f", "#b0508a", "#8a6d00", "#5b5bb5")
+_DASHES = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_SERIES_KEYS = tuple(f"#0102{i:02x}" for i in range(16, 16 + len(_SERIES)))
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: x and y of the same length; NaN in y leaves a gap."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def color(index: int) -> str:
+    """Colour of the series `index` for CSS: a variable of the page, with a fall-back."""
+    return f"var(--series-{index % len(_SERIES)}, {_SERIES[index % len(_SERIES)]})"
+
+
+def lines(
+    name: str, title: str, xlabel: str, ylabel: str, series: Sequence[Series], *, smooth: bool = False, from_zero: bool = False
+) -> str:
+    """Curves over a common x axis. smooth: draw the data pale and a running mean (`smoothed`) on top."""
+
+    def draw(fig: Figure) -> None:
+        ax = _axes(fig, xlabel, ylabel)
+        for i, s in enumerate(series):
+            ink, dash = _SERIES_KEYS[i % len(_SERIES)], _DASHES[(i // len(_SERIES) if len(series) > 6 else i) % len(_DASHES)]
+            raw = _thin(s.x, s.y)
+            few = len(raw[0]) < 25
+            if smooth and not few:
+                ax.plot(*raw, color=ink, alpha=0.3, linewidth=0.8)
+                ax.plot(*_thin(s.x, smoothed(s.y)), color=ink, linewidth=1.8, linestyle=dash, label=s.label)
+            else:
+                ax.plot(
+                    *raw, color=ink, linewidth=1.6, linestyle=dash, marker="o" if few else None, markersize=3.5, label=s.label
+                )
+        if from_zero:
+            ax.set_ylim(bottom=0)
+        if len(series) > 1:
+            _legend(ax)
+
+    return _render(name, title, draw)
+
+
+def stack(name: str, title: str, xlabel: str, ylabel: str, x: Sequence[float], parts: Mapping[str, Sequence[float]]) -> str:
+    """Quantities that add up to a whole, as stacked areas over x, the first one at the bottom. NaN counts as nothing."""
+
+    def draw(fig: Figure) -> None:
+        ax = _axes(fig, xlabel, ylabel)
+        rows = [[0.0 if math.isnan(v) else v for v in values] for values in parts.values()]
+        # Areas need the same x for all of them, so they are averaged over blocks rather than thinned one by one.
+        size = math.ceil(len(x) / 120) or 1
+        xs = [_mean(x[i : i + size]) for i in range(0, len(x), size)]
+        means = [[_mean(row[i : i + size]) for i in range(0, len(row), size)] for row in rows]
+        if len(xs) == 1:
+            bottom = 0.0
+            for i, (label, row) in enumerate(zip(parts, means, strict=True)):
+                ax.bar(
+                    [f"step {xs[0]:g}"],
+                    row,
+                    bottom=bottom,
+                    width=0.4,
+                    color=_SERIES_KEYS[i % len(_SERIES)],
+                    alpha=0.75,
+                    label=label,
+                )
+                bottom += row[0]
+            ax.set_xlim(-1, 1)
+        else:
+            ax.stackplot(xs, means, labels=list(parts), colors=_SERIES_KEYS, alpha=0.75, linewidth=0)
+            ax.margins(x=0)
+        ax.set_ylim(bottom=0)
+        _legend(ax)
+
+    return _render(name, title, draw)
+
+
+def histogram(name: str, title: str, xlabel: str, ylabel: str, series: Sequence[Series], marks: Sequence[float] = ()) -> str:
+    """Distribution of the y of every series as a share of its values. marks: quantiles (0..1) to show as upright lines."""
+
+    def draw(fig: Figure) -> None:
+        ax = _axes(fig, xlabel, ylabel)
+        finite = [[v for v in s.y if math.isfinite(v)] for s in series]
+        everything = sorted(v for values in finite for v in values)
+        # A few very slow steps would squeeze all others into one bar: they are counted in the last one.
+        low, high = everything[0], max(quantile(everything, 0.99) * 1.05, everything[0] * 1.02 + 1e-9)
+        width = (high - low) / 40
+        edges = [low + i * width for i in range(41)]
+        for i, (s, values) in enumerate(zip(series, finite, strict=True)):
+            ink = _SERIES_KEYS[i % len(_SERIES)]
+            weights = [1 / len(values)] * len(values)
+            ax.hist(
+                [min(v, high) for v in values],
+                edges,
+                weights=weights,
+                color=ink,
+                alpha=0.45,
+                histtype="stepfilled",
+                label=s.label,
+            )
+            for q, dash in zip(marks, _DASHES[1:], strict=False):
+                value = min(quantile(sorted(values), q), high)
+                ax.axvline(value, color=ink, linestyle=dash, linewidth=1.4, label=f"p{q * 100:g} {value:.3g}")
+        _legend(ax)
+
+    return _render(name, title, draw)
+
+
+def load_maps(
+    name: str, title: str, maps: Mapping[str, Sequence[Sequence[float]]], layers: Sequence[int], *, columns: int = 3
+) -> str:
+    """Load ratio, layer x expert, as small maps with one common colour scale centred at 1.0 (white).
+
+    maps: caption of a map -> [layer][expert] load ratios. layers: the model's index of every row. The scale ends at the
+    99th percentile, at 2 at least; larger values have its last colour.
+    """
+    values = sorted(v for grid in maps.values() for row in grid for v in row if v is not None and math.isfinite(v))
+    top = max(2.0, math.ceil(quantile(values, 0.99) * 2) / 2) if values else 2.0
+    columns = min(columns, len(maps))
+    count = math.ceil(len(maps) / columns)
+
+    def draw(fig: Figure) -> None:
+        from matplotlib.colors import TwoSlopeNorm
+
+        axes = fig.subplots(count, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        for ax, (caption, grid) in zip(axes, maps.items(), strict=False):
+            data = [[math.nan if v is None else v for v in row] for row in grid]
+            shown = ax.imshow(data, cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, top), aspect="auto", interpolation="none")
+            ax.set_title(caption, fontsize=9, color=_INK)
+            _layer_ticks(ax, layers)
+        for ax in axes[len(maps) :]:
+            ax.remove()
+        fig.supxlabel("expert", fontsize=9, color=_INK)
+        fig.supylabel("layer", fontsize=9, color=_INK)
+        bar = fig.colorbar(shown, ax=[a for a in axes if a.figure is not None], extend="max", fraction=0.05, pad=0.02, aspect=30)
+        bar.set_label("load / ideal (1 = balanced)", color=_INK, fontsize=9)
+        bar.set_ticks([0, 0.5, 1, *([1.5] if top <= 3 else []), *range(2, int(top) + 1, max(1, int(top) // 4))])
+
+    return _render(name, title, draw, height=max(1.9, 0.6 + count * min(2.6, 1.2 + 0.06 * len(layers))))
+
+
+def smoothed(y: Sequence[float], span: float | None = None) -> list[float]:
+    """Exponential running mean of y with its start-up bias removed; NaN is passed over. span: in points, default a 25th."""
+    keep = 1 - 1 / max(2.0, span if span is not None else len(y) / 25)
+    total, weight, out = 0.0, 0.0, []
+    for v in y:
+        if math.isfinite(v):
+            total, weight = keep * total + v, keep * weight + 1
+        out.append(total / weight if weight else math.nan)
+    return out
+
+
+def quantile(ordered: Sequence[float], q: float) -> float:
+    """The `q` quantile (0..1) of ascending values, interpolated linearly. There must be at least one."""
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most about MAX_POINTS points: of every block its lowest and its highest, so that spikes stay visible."""
+    if len(x) <= MAX_POINTS:
+        return list(x), list(y)
+    size = math.ceil(2 * len(x) / MAX_POINTS)
+    chosen: list[int] = []
+    for start in range(0, len(x), size):
+        block = [i for i in range(start, min(start + size, len(x))) if math.isfinite(y[i])] or [start]
+        chosen += sorted({min(block, key=y.__getitem__), max(block, key=y.__getitem__)})
+    chosen = sorted({0, *chosen, len(x) - 1})
+    return [x[i] for i in chosen], [y[i] for i in chosen]
+
+
+def _axes(fig: Figure, xlabel: str, ylabel: str) -> Axes:
+    from matplotlib.ticker import FuncFormatter
+
+    ax = fig.add_subplot()
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.grid(True, color=_GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+    return ax
+
+
+def _tick(value: float) -> str:
+    """A number on an axis, short and without a shared offset that readers overlook."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if unit == 'k' else limit):g}{unit}"
+    return f"{value:g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2g}"
+
+
+def _layer_ticks(ax: Axes, layers: Sequence[int]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    step = math.ceil(len(layers) / 6)
+    ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _legend(ax: Axes) -> None:
+    ax.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best", ncols=2 if len(ax.get_lines()) > 8 else 1)
+
+
+def _render(name: str, title: str, draw: Callable[[Figure], None], *, width: float = 6.4, height: float = 3.1) -> str:
+    """Draw on a figure of `width` x `height` inches and give it back as an `<svg>` element named by `title`."""
+    import io
+
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    ink: dict[str, Any] = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK
+    )
+    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    # These settings are read while drawing, so there is no way around a (restored) global context.
+    # Starting from the defaults keeps a user's own matplotlibrc out of the report.
+    defaults = {k: v for k, v in mpl.rcParamsDefault.items() if k != "backend"}
+    with mpl.rc_context({**defaults, **style, **ink}):
+        fig = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(fig)
+        draw(fig)
+        buffer = io.StringIO()
+        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _finish(buffer.getvalue(), name, title)
+
+
+def _finish(svg: str, name: str, title: str) -> str:
+    """matplotlib's file as an element for a page: CSS colours, own ids, the page's font, half the size, an accessible name."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--grid, #b9b9b9)")
+    for i, key in enumerate(_SERIES_KEYS):
+        svg = svg.replace(key, color(i))
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    # Rules of a style element would hold for the whole page; these two are inherited, so the root can carry them.
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)
+    # Hundredths of a point cannot be seen.
+    svg = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)
+    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" style="stroke-linejoin: round; stroke-linecap: butt" ', 1).strip()

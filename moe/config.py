@@ -1,0 +1,293 @@
+"""Configuration of one model: frozen, keyword-only records, checked when built. Imports no torch.
+
+Every record checks itself in `__post_init__` and raises one `ConfigError` that lists all of its problems,
+with paths as they are written in TOML files and flags (`model.moe.top_k`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import ConfigError, Problem
+
+
+def positive(owner: object, path: str, names: Sequence[str]) -> list[Problem]:
+    """Problems for every field among `names` that is not a positive number."""
+    return [
+        Problem(f"{path}.{n}", f"is {getattr(owner, n)}, but must be positive")
+        for n in names
+        if not getattr(owner, n) > 0
+    ]
+
+
+def raise_if(problems: list[Problem]) -> None:
+    """Raise `ConfigError` with all problems, if there are any."""
+    if problems:
+        raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How a token chooses its experts. Logits and scores are always computed in fp32 (fp64 for fp64 input)."""
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Score function over the logits of all experts (softmax) or of each expert alone (sigmoid, DeepSeek-V3)."""
+    order: Literal["softmax_topk", "topk_softmax"] = "softmax_topk"
+    """Softmax over all experts, then top-k (Mixtral, Qwen3, OLMoE), or top-k of logits, then softmax over the chosen (gpt-oss)."""
+    renormalize: bool = True
+    """Divide the chosen weights by their sum, so that a token's weights sum to 1."""
+    scaling_factor: float = 1.0
+    """Multiplies the weights at the end (DeepSeek-V3: 2.5)."""
+    num_groups: int = 1
+    """Experts are split into this many equal groups of neighbours; 1 = no group limit."""
+    top_groups: int = 1
+    """A token may only use experts of its best `top_groups` groups."""
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    """Score of a group: sum of its two best experts (DeepSeek-V3) or its best one (DeepSeek-V2)."""
+
+    def __post_init__(self) -> None:
+        path = "model.moe.router"
+        problems = positive(self, path, ["num_groups", "top_groups", "scaling_factor"])
+        if self.top_groups > self.num_groups:
+            problems.append(
+                Problem(f"{path}.top_groups", f"is {self.top_groups}, more than num_groups = {self.num_groups}")
+            )
+        if self.score == "sigmoid" and self.order == "topk_softmax":
+            problems.append(
+                Problem(f"{path}.order", "is 'topk_softmax', which needs score = 'softmax'; use 'softmax_topk'")
+            )
+        raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """What keeps the experts evenly used. Every loss is 1 at perfect balance, summed over layers with its coefficient."""
+
+    scope: Literal["global", "micro", "sequence"] = "global"
+    """Tokens over which expert frequencies are taken: the whole global batch (arXiv 2501.11873), the micro-batch of one data rank, or each sequence."""
+    aux_loss_coeff: float = 0.01
+    """Coefficient of the load-balancing loss E * sum_e f_e * P_e."""
+    accumulation: Literal["running", "prior", "exact"] = "prior"
+    """Global scope with several micro-batches: counts so far (the paper's buffer); those plus the last step's counts for the part not seen yet; or a counting pass first (twice the forward work)."""
+    carry: float = 1.0
+    """Weight of the last step's counts in `accumulation = "prior"`; 0 gives `running`."""
+    straggler_coeff: float = 0.0
+    """Coefficient of an additional micro-batch loss that evens out single micro-batches (about 1 % of aux_loss_coeff). It depends on the micro-batch by definition, so it is off by default."""
+    z_loss_coeff: float = 0.0
+    """Coefficient of the router z-loss, mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    expert_bias: bool = False
+    """Select by score + bias and move the bias towards balance once per step (arXiv 2408.15664)."""
+    bias_update_rate: float = 1e-3
+    """Step of the bias update."""
+
+    def __post_init__(self) -> None:
+        path = "model.moe.balance"
+        problems = [
+            Problem(f"{path}.{n}", f"is {getattr(self, n)}, but must not be negative")
+            for n in ("aux_loss_coeff", "straggler_coeff", "z_loss_coeff", "carry", "bias_update_rate")
+            if getattr(self, n) < 0 or not math.isfinite(getattr(self, n))
+        ]
+        raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """One Mixture-of-Experts layer."""
+
+    num_experts: int
+    """Routed experts E."""
+    top_k: int
+    """Experts K that each token is sent to."""
+    expert_dim: int
+    """Hidden width F of one routed expert."""
+    num_shared_experts: int = 0
+    """Experts that see every token; they act as one SwiGLU of width num_shared_experts * expert_dim."""
+    capacity_factor: float | None = None
+    """None: dropless. Else each expert takes at most ceil(factor * K * S / E) tokens of a sequence with S valid tokens; the rest keep only their residual path."""
+    drop_policy: Literal["position", "probability"] = "position"
+    """Who is kept over capacity: the first tokens of the sequence or those with the highest weight."""
+    dispatcher: Literal["all_to_all"] = "all_to_all"
+    """How rows travel between expert-parallel ranks."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+
+    def __post_init__(self) -> None:
+        path = "model.moe"
+        problems = positive(self, path, ["num_experts", "top_k", "expert_dim"])
+        if self.num_shared_experts < 0:
+            problems.append(Problem(f"{path}.num_shared_experts", f"is {self.num_shared_experts}, but must be >= 0"))
+        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            problems.append(
+                Problem(
+                    f"{path}.capacity_factor",
+                    f"is {self.capacity_factor}: no token would reach an expert; use a positive factor, or leave it out for dropless",
+                )
+            )
+        if self.top_k > self.num_experts > 0:
+            problems.append(
+                Problem(f"{path}.top_k", f"is {self.top_k}, more than num_experts = {self.num_experts}")
+            )
+        problems += self._router_problems(path)
+        raise_if(problems)
+
+    def _router_problems(self, path: str) -> list[Problem]:
+        r, problems = self.router, []
+        if self.num_experts > 0 and self.num_experts % r.num_groups:
+            legal = [g for g in range(1, self.num_experts + 1) if self.num_experts % g == 0]
+            problems.append(
+                Problem(
+                    f"{path}.router.num_groups",
+                    f"is {r.num_groups}, which does not divide num_experts = {self.num_experts}; legal: {legal}",
+                )
+            )
+        elif self.top_k > r.top_groups * self.num_experts // r.num_groups:
+            problems.append(
+                Problem(
+                    f"{path}.router.top_groups",
+                    f"leaves {r.top_groups * self.num_experts // r.num_groups} experts to choose from, fewer than top_k = {self.top_k}",
+                )
+            )
+        elif r.num_groups > 1 and r.group_score == "top2_sum" and self.num_experts // r.num_groups < 2:
+            problems.append(
+                Problem(f"{path}.router.group_score", "is 'top2_sum', but groups hold one expert; use 'max'")
+            )
+        if self.top_k == 1 and r.score == "softmax" and (r.order == "topk_softmax" or r.renormalize):
+            problems.append(
+                Problem(
+                    f"{path}.router.renormalize",
+                    "with top_k = 1 makes every weight 1, so the router would get no gradient from the loss; "
+                    "set renormalize = false and order = 'softmax_topk'",
+                )
+            )
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer whose feed-forward layers are dense or Mixture-of-Experts."""
+
+    dim: int
+    """Model width D."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    """Key/value heads (grouped-query attention); None = num_heads."""
+    head_dim: int | None = None
+    """Width of one attention head; None = dim / num_heads."""
+    vocab_size: int
+    max_seq_len: int
+    """Longest sequence the rotary tables cover."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm on queries and keys: per head (Qwen3) or over the full projection (OLMoE)."""
+    tie_embeddings: bool = False
+    """Use the token embedding as output head."""
+    dense_prefix_layers: int = 0
+    """The first layers are dense (DeepSeek: 1 to 3)."""
+    moe_every: int = 1
+    """After the dense prefix, every n-th layer is MoE, the first one included."""
+    dense_ffn_dim: int | None = None
+    """Hidden width of dense feed-forward layers; needed when there are any."""
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    """Standard deviation of the initial weights (output projections divided by sqrt(2 * num_layers))."""
+    moe: MoEConfig | None = None
+    """None makes every layer dense."""
+
+    def __post_init__(self) -> None:
+        path = "model"
+        problems = positive(
+            self, path, ["dim", "num_layers", "num_heads", "vocab_size", "max_seq_len", "moe_every", "rope_theta", "norm_eps"]
+        )
+        problems += self._attention_problems(path) if not problems else []
+        if not 0 <= self.dense_prefix_layers <= max(self.num_layers, 0):
+            problems.append(
+                Problem(
+                    f"{path}.dense_prefix_layers",
+                    f"is {self.dense_prefix_layers}, but must be between 0 and num_layers = {self.num_layers}",
+                )
+            )
+        if not problems and not all(self.is_moe_layer(i) for i in range(self.num_layers)) and not self.dense_ffn_dim:
+            problems.append(
+                Problem(f"{path}.dense_ffn_dim", "is not set, but some layers are dense; set the hidden width of their FFN")
+            )
+        if self.dense_ffn_dim is not None and self.dense_ffn_dim <= 0:
+            problems.append(Problem(f"{path}.dense_ffn_dim", f"is {self.dense_ffn_dim}, but must be positive"))
+        raise_if(problems)
+
+    def _attention_problems(self, path: str) -> list[Problem]:
+        problems = []
+        if self.head_dim is None and self.dim % self.num_heads:
+            problems.append(
+                Problem(f"{path}.num_heads", f"is {self.num_heads}, which does not divide dim = {self.dim}; set head_dim")
+            )
+        elif self.resolved_head_dim % 2:
+            problems.append(Problem(f"{path}.head_dim", f"is {self.resolved_head_dim}, but rotary embedding needs an even number"))
+        if self.resolved_kv_heads <= 0 or self.num_heads % self.resolved_kv_heads:
+            problems.append(
+                Problem(f"{path}.num_kv_heads", f"is {self.num_kv_heads}, which does not divide num_heads = {self.num_heads}")
+            )
+        return problems
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether layer `index` (from 0) has experts."""
+        after_prefix = index - self.dense_prefix_layers
+        return self.moe is not None and after_prefix >= 0 and after_prefix % self.moe_every == 0
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the MoE layers."""
+        return tuple(i for i in range(self.num_layers) if self.is_moe_layer(i))
+
+    # --- sizes, by the usual conventions -------------------------------------------------------------------
+
+    def _layer_params(self, index: int, experts: int) -> int:
+        d, hd = self.dim, self.resolved_head_dim
+        q, kv = self.num_heads * hd, self.resolved_kv_heads * hd
+        attention = d * q + 2 * d * kv + q * d
+        norms = 2 * d + {"none": 0, "head": 2 * hd, "full": q + kv}[self.qk_norm]
+        if not self.is_moe_layer(index):
+            return attention + norms + 3 * d * (self.dense_ffn_dim or 0)
+        assert self.moe is not None
+        return attention + norms + d * self.moe.num_experts + 3 * d * self.moe.expert_dim * (experts + self.moe.num_shared_experts)
+
+    def _params(self, experts: int) -> int:
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        return embeddings + self.dim + sum(self._layer_params(i, experts) for i in range(self.num_layers))
+
+    @property
+    def num_params(self) -> int:
+        """All trained parameters: embedding, head (once if tied), norms, routers and every expert. Expert biases are not trained."""
+        return self._params(self.moe.num_experts if self.moe else 0)
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters one token passes through: as `num_params`, with top_k of the routed experts per MoE layer. Embedding and head included."""
+        return self._params(self.moe.top_k if self.moe else 0)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations per token of a forward and backward pass (3 x forward, a multiply-add is 2).
+
+        Counts matrix products of active parameters (embedding look-up, norms and softmax are free; recompute is not counted)
+        and attention scores with the causal half only: 2 * seq_len * heads * head_dim per layer forward.
+        """
+        lookup = self.vocab_size * self.dim * (0 if self.tie_embeddings else 1)
+        norms = self.dim + sum(
+            2 * self.dim
+            + {"none": 0, "head": 2, "full": self.num_heads + self.resolved_kv_heads}[self.qk_norm] * self.resolved_head_dim
+            for _ in range(self.num_layers)
+        )
+        matmul = 2 * (self.num_active_params - lookup - norms)
+        attention = self.num_layers * 2 * seq_len * self.num_heads * self.resolved_head_dim
+        return 3.0 * (matmul + attention)

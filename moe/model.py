@@ -1,0 +1,120 @@
+"""A decoder-only language model whose feed-forward layers are dense or Mixture-of-Experts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention, RMSNorm
+from .config import ModelConfig
+from .experts import SwiGLU
+from .init import init_weights
+from .layer import MoELayer
+from .load import Aux
+from .loss import VocabShard, WholeVocab, cross_entropy_sum
+
+
+class TokenEmbedding(nn.Module):
+    """Rows of a table by token id."""
+
+    def __init__(self, vocab_size: int, dim: int):
+        super().__init__()
+        self.weight_VD = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """int64 ids [B, S] -> [B, S, D]."""
+        return F.embedding(tokens_BS, self.weight_VD)
+
+
+class OutputHead(nn.Module):
+    """Final norm and projection to the vocabulary. `shard` says which of its rows are here."""
+
+    def __init__(self, config: ModelConfig, embedding: TokenEmbedding):
+        super().__init__()
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        tied = embedding.weight_VD if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.weight_VD = tied
+        self.shard: VocabShard = WholeVocab()
+
+    def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None, valid_BS: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V], or with labels the sum of the valid tokens' losses."""
+        x_BSD = self.norm(x_BSD)
+        if labels_BS is None:
+            return F.linear(x_BSD, self.weight_VD)
+        valid_T = None if valid_BS is None else valid_BS.reshape(-1)
+        return cross_entropy_sum(x_BSD.flatten(0, 1), self.weight_VD, labels_BS.reshape(-1), valid_T, self.shard)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.moe: MoELayer | None = None
+        self.ffn: SwiGLU | None = None
+        if config.is_moe_layer(index):
+            assert config.moe is not None
+            self.moe = MoELayer(config.dim, config.moe, init=False)
+        else:
+            assert config.dense_ffn_dim is not None
+            self.ffn = SwiGLU(config.dim, config.dense_ffn_dim)
+
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None) -> tuple[Tensor, Aux | None]:
+        """x [B, S, D] -> [B, S, D] and the layer's `Aux` (None if dense)."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), document_BS)
+        if self.moe is None:
+            assert self.ffn is not None
+            return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
+        y_BSD, aux = self.moe(self.ffn_norm(x_BSD), self.moe.peers.shard_sequence(valid_BS) if valid_BS is not None else None)
+        return x_BSD + y_BSD, aux
+
+
+class Model(nn.Module):
+    """The language model.
+
+    Args:
+        config: see `ModelConfig`.
+        seed: of the initial weights.
+        init: False leaves the weights unset, for a loader (used with the meta device).
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0, init: bool = True):
+        super().__init__()
+        self.config = config
+        self.embed = TokenEmbedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.head = OutputHead(config, self.embed)
+        if init:
+            init_weights(self, seed=seed, std=config.init_std, num_layers=config.num_layers)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        valid_BS: Tensor | None = None,
+        *,
+        labels_BS: Tensor | None = None,
+        document_BS: Tensor | None = None,
+    ) -> tuple[Tensor, Aux | None]:
+        """Run the model.
+
+        Args:
+            tokens_BS: int64 ids.
+            valid_BS: bool, False for positions that count nowhere: not routed, no loss, no statistics. None = all valid.
+            labels_BS: int64 ids to predict. None = return logits.
+            document_BS: ids that keep attention inside each document.
+
+        Returns:
+            Logits [B, S, V], or with labels the sum of the valid tokens' losses (a scalar in at least fp32; divide it by the valid
+            tokens of the global batch); and `Aux` stacked over the MoE layers, None without any.
+        """
+        x_BSD = self.embed(tokens_BS)
+        layers_aux: list[Aux] = []
+        for block in self.layers:
+            x_BSD, aux = block(x_BSD, valid_BS, document_BS)
+            if aux is not None:
+                layers_aux.append(aux)
+        return self.head(x_BSD, labels_BS, valid_BS), Aux.stack(layers_aux) if layers_aux else None
