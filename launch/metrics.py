@@ -220,7 +220,8 @@ class Metrics:
                 return math.nan if record[key] is None else record[key]
         return None
 
-    def keys(self) -> list[str]:
+    @property
+    def names(self) -> list[str]:
         """The metric keys that occur, in the order of their first occurrence."""
         return list(dict.fromkeys(k for r in self.records for k in r if k not in _HEAD))
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Of one curve; with more than three in a plot, each gets fewer, so that the size of a page has a bound.
 MAX_POINTS = 400
+# Widths in inches of figures as wide as the page and half as wide: their letters come out about equal.
+WIDE, HALF = 9.2, 4.9
 # Stand-ins that matplotlib accepts as colours; `_finish` replaces them by CSS.
 _INK, _GRID = "#010203", "#010204"
 # Told apart with colour-blindness (after Okabe and Ito) and with at least 3:1 contrast on white; the page sets lighter
@@ -43,19 +46,29 @@ def color(index: int) -> str:
 
 
 def lines(
-    name: str, title: str, xlabel: str, ylabel: str, series: Sequence[Series], *, smooth: bool = False, from_zero: bool = False
+    name: str,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    series: Sequence[Series],
+    *,
+    smooth: bool = False,
+    from_zero: bool = False,
+    wide: bool = False,
 ) -> str:
-    """Curves over a common x axis. smooth: draw the data pale and a running mean (`smoothed`) on top."""
+    """Curves over a common x axis. smooth: draw the data pale and a running mean (`smoothed`) on top.
+    wide: for the full width of a page instead of half of it."""
 
     def draw(fig: Figure) -> None:
         ax = _axes(fig, xlabel, ylabel)
+        points = max(60, MAX_POINTS * 3 // max(3, len(series)))
         for i, s in enumerate(series):
             ink, dash = _SERIES_KEYS[i % len(_SERIES)], _DASHES[(i // len(_SERIES) if len(series) > 6 else i) % len(_DASHES)]
-            raw = _thin(s.x, s.y)
+            raw = _thin(s.x, s.y, points)
             few = len(raw[0]) < 25
             if smooth and not few:
                 ax.plot(*raw, color=ink, alpha=0.3, linewidth=0.8)
-                ax.plot(*_thin(s.x, smoothed(s.y)), color=ink, linewidth=1.8, linestyle=dash, label=s.label)
+                ax.plot(*_thin(s.x, smoothed(s.y), points), color=ink, linewidth=1.8, linestyle=dash, label=s.label)
             else:
                 ax.plot(
                     *raw, color=ink, linewidth=1.6, linestyle=dash, marker="o" if few else None, markersize=3.5, label=s.label
@@ -65,7 +78,7 @@ def lines(
         if len(series) > 1:
             _legend(ax)
 
-    return _render(name, title, draw)
+    return _render(name, title, draw, width=WIDE if wide else HALF)
 
 
 def stack(name: str, title: str, xlabel: str, ylabel: str, x: Sequence[float], parts: Mapping[str, Sequence[float]]) -> str:
@@ -98,7 +111,7 @@ def stack(name: str, title: str, xlabel: str, ylabel: str, x: Sequence[float], p
         ax.set_ylim(bottom=0)
         _legend(ax)
 
-    return _render(name, title, draw)
+    return _render(name, title, draw, width=HALF)
 
 
 def histogram(name: str, title: str, xlabel: str, ylabel: str, series: Sequence[Series], marks: Sequence[float] = ()) -> str:
@@ -115,21 +128,16 @@ def histogram(name: str, title: str, xlabel: str, ylabel: str, series: Sequence[
         for i, (s, values) in enumerate(zip(series, finite, strict=True)):
             ink = _SERIES_KEYS[i % len(_SERIES)]
             weights = [1 / len(values)] * len(values)
+            at = [quantile(sorted(values), q) for q in marks]
+            label = s.label + "".join(f", p{q * 100:g} {v:.3g}" for q, v in zip(marks, at, strict=True))
             ax.hist(
-                [min(v, high) for v in values],
-                edges,
-                weights=weights,
-                color=ink,
-                alpha=0.45,
-                histtype="stepfilled",
-                label=s.label,
+                [min(v, high) for v in values], edges, weights=weights, color=ink, alpha=0.45, histtype="stepfilled", label=label
             )
-            for q, dash in zip(marks, _DASHES[1:], strict=False):
-                value = min(quantile(sorted(values), q), high)
-                ax.axvline(value, color=ink, linestyle=dash, linewidth=1.4, label=f"p{q * 100:g} {value:.3g}")
+            for value, dash in zip(at, _DASHES[1:], strict=False):
+                ax.axvline(min(value, high), color=ink, linestyle=dash, linewidth=1.4)
         _legend(ax)
 
-    return _render(name, title, draw)
+    return _render(name, title, draw, width=HALF)
 
 
 def load_maps(
@@ -146,12 +154,15 @@ def load_maps(
     count = math.ceil(len(maps) / columns)
 
     def draw(fig: Figure) -> None:
+        from matplotlib import colormaps
         from matplotlib.colors import TwoSlopeNorm
 
         axes = fig.subplots(count, columns, squeeze=False, sharex=True, sharey=True).ravel()
         for ax, (caption, grid) in zip(axes, maps.items(), strict=False):
             data = [[math.nan if v is None else v for v in row] for row in grid]
-            shown = ax.imshow(data, cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, top), aspect="auto", interpolation="none")
+            # Few levels compress well; an odd number of them keeps white at the centre.
+            levels = colormaps["RdBu_r"].resampled(33)
+            shown = ax.imshow(data, cmap=levels, norm=TwoSlopeNorm(1.0, 0.0, top), aspect="auto", interpolation="none")
             ax.set_title(caption, fontsize=9, color=_INK)
             _layer_ticks(ax, layers)
         for ax in axes[len(maps) :]:
@@ -160,19 +171,31 @@ def load_maps(
         fig.supylabel("layer", fontsize=9, color=_INK)
         bar = fig.colorbar(shown, ax=[a for a in axes if a.figure is not None], extend="max", fraction=0.05, pad=0.02, aspect=30)
         bar.set_label("load / ideal (1 = balanced)", color=_INK, fontsize=9)
-        bar.set_ticks([0, 0.5, 1, *([1.5] if top <= 3 else []), *range(2, int(top) + 1, max(1, int(top) // 4))])
+        ticks = [0, 0.5, 1, *([1.5] if top <= 3 else []), *range(2, int(top) + 1, max(1, int(top) // 4))]
+        bar.set_ticks(ticks, labels=[_tick(t) for t in ticks])
 
-    return _render(name, title, draw, height=max(1.9, 0.6 + count * min(2.6, 1.2 + 0.06 * len(layers))))
+    return _render(name, title, draw, width=WIDE, height=max(1.9, 0.6 + count * min(2.8, 1.1 + 0.07 * len(layers))))
 
 
 def smoothed(y: Sequence[float], span: float | None = None) -> list[float]:
-    """Exponential running mean of y with its start-up bias removed; NaN is passed over. span: in points, default a 25th."""
-    keep = 1 - 1 / max(2.0, span if span is not None else len(y) / 25)
-    total, weight, out = 0.0, 0.0, []
-    for v in y:
-        if math.isfinite(v):
-            total, weight = keep * total + v, keep * weight + 1
-        out.append(total / weight if weight else math.nan)
+    """Running mean of y, weighted exponentially to both sides so that it does not lag behind; NaN is passed over.
+
+    span: in points, how far the weights reach; default a fiftieth of all.
+    """
+    keep = 1 - 1 / max(2.0, span if span is not None else len(y) / 50)
+
+    def one_side(values: Sequence[float]) -> list[tuple[float, float]]:
+        total, weight, out = 0.0, 0.0, []
+        for v in values:
+            total, weight = (keep * total + v, keep * weight + 1) if math.isfinite(v) else (keep * total, keep * weight)
+            out.append((total, weight))
+        return out
+
+    before, after, out = one_side(y), one_side(y[::-1])[::-1], []
+    for v, (t0, w0), (t1, w1) in zip(y, before, after, strict=True):
+        # The point itself is in both sides.
+        t, w = (t0 + t1 - v, w0 + w1 - 1) if math.isfinite(v) else (t0 + t1, w0 + w1)
+        out.append(t / w if w > 0 else math.nan)
     return out
 
 
@@ -188,11 +211,11 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most about MAX_POINTS points: of every block its lowest and its highest, so that spikes stay visible."""
-    if len(x) <= MAX_POINTS:
+def _thin(x: Sequence[float], y: Sequence[float], points: int) -> tuple[list[float], list[float]]:
+    """At most about `points` points: of every block its lowest and its highest, so that spikes stay visible."""
+    if len(x) <= points:
         return list(x), list(y)
-    size = math.ceil(2 * len(x) / MAX_POINTS)
+    size = math.ceil(2 * len(x) / points)
     chosen: list[int] = []
     for start in range(0, len(x), size):
         block = [i for i in range(start, min(start + size, len(x))) if math.isfinite(y[i])] or [start]
@@ -231,10 +254,25 @@ def _layer_ticks(ax: Axes, layers: Sequence[int]) -> None:
 
 
 def _legend(ax: Axes) -> None:
-    ax.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best", ncols=2 if len(ax.get_lines()) > 8 else 1)
+    """Above the plot, where it hides no data, in as many columns as fit."""
+    handles, labels = ax.get_legend_handles_labels()
+    labels = [label if len(label) <= 48 else f"{label[:30]}…{label[-17:]}" for label in labels]
+    # In points: 8-point letters are about 4.6 wide, a handle with its gaps 40.
+    columns = int(ax.figure.get_figwidth() * 72 // (max(map(len, labels)) * 4.6 + 40))
+    ax.figure.legend(
+        handles,
+        labels,
+        frameon=False,
+        fontsize=8,
+        labelcolor=_INK,
+        loc="outside upper left",
+        ncols=max(1, min(columns, len(labels))),
+        borderpad=0,
+        columnspacing=1.2,
+    )
 
 
-def _render(name: str, title: str, draw: Callable[[Figure], None], *, width: float = 6.4, height: float = 3.1) -> str:
+def _render(name: str, title: str, draw: Callable[[Figure], None], *, width: float, height: float = 2.9) -> str:
     """Draw on a figure of `width` x `height` inches and give it back as an `<svg>` element named by `title`."""
     import io
 
@@ -273,6 +311,8 @@ def _finish(svg: str, name: str, title: str) -> str:
     # Rules of a style element would hold for the whole page; these two are inherited, so the root can carry them.
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)
     # Hundredths of a point cannot be seen.
-    svg = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)
+    svg = re.sub(r' (?:d|x|y)="[^"]*"|rotate\([^)]*\)', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" style="stroke-linejoin: round; stroke-linecap: butt" ', 1).strip()
+    return svg.replace(
+        "<svg ", f'<svg role="img" aria-label="{escape(title)}" style="stroke-linejoin: round; stroke-linecap: butt" ', 1
+    ).strip()

@@ -1,0 +1,1 @@
+"""The mathematics of Mixture-of-Experts on one process. Never imports torch.distributed."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,8 +72,10 @@ class Block(nn.Module):
         if self.moe is None:
             assert self.ffn is not None
             return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
-        y_BSD, aux = self.moe(self.ffn_norm(x_BSD), self.moe.peers.shard_sequence(valid_BS) if valid_BS is not None else None)
-        return x_BSD + y_BSD, aux
+        local_valid_BS = None if valid_BS is None else self.moe.peers.shard_sequence(valid_BS)
+        y_BSD, aux = self.moe(self.ffn_norm(x_BSD), local_valid_BS)
+        # the routing itself is not kept beyond its layer: its sums are all that the step needs
+        return x_BSD + y_BSD, replace(aux, routing=None)
 
 
 class Model(nn.Module):
@@ -98,6 +103,7 @@ class Model(nn.Module):
         *,
         labels_BS: Tensor | None = None,
         document_BS: Tensor | None = None,
+        on_aux: Callable[[Aux], None] | None = None,
     ) -> tuple[Tensor, Aux | None]:
         """Run the model.
 
@@ -106,6 +112,8 @@ class Model(nn.Module):
             valid_BS: bool, False for positions that count nowhere: not routed, no loss, no statistics. None = all valid.
             labels_BS: int64 ids to predict. None = return logits.
             document_BS: ids that keep attention inside each document.
+            on_aux: called with the stacked `Aux` as soon as all tokens are routed, before the head, so that sums over ranks can travel
+                while the head computes.
 
         Returns:
             Logits [B, S, V], or with labels the sum of the valid tokens' losses (a scalar in at least fp32; divide it by the valid
@@ -117,4 +125,7 @@ class Model(nn.Module):
             x_BSD, aux = block(x_BSD, valid_BS, document_BS)
             if aux is not None:
                 layers_aux.append(aux)
-        return self.head(x_BSD, labels_BS, valid_BS), Aux.stack(layers_aux) if layers_aux else None
+        aux = Aux.stack(layers_aux) if layers_aux else None
+        if aux is not None and on_aux is not None:
+            on_aux(aux)
+        return self.head(x_BSD, labels_BS, valid_BS), aux

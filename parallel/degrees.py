@@ -46,7 +46,7 @@ def fits(world: int, degrees: Mapping[str, Any], *, exact: bool = True) -> bool:
     rest, dp = world // dense, degrees["dp"]
     if dp is not None and (rest != dp if exact else rest % dp):
         return False
-    return (rest if dp is None else dp) % degrees["hsdp"] == 0
+    return bool((rest if dp is None else dp) % degrees["hsdp"] == 0)
 
 
 def degree_problems(world: int, degrees: dict[str, Any]) -> list[Problem]:

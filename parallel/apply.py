@@ -1,0 +1,169 @@
+"""Spread a model over a mesh: one function, in this order: dispatcher and peers, local shards with initial values, tensor
+parallelism, recompute, data sharding. The model itself knows of none of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
+
+from ..moe.config import ModelConfig
+from ..moe.dispatch import Dispatcher
+from ..moe.init import initial_value
+from ..moe.layer import MoELayer
+from ..moe.model import Block, Model
+from .all_to_all import AllToAllDispatcher
+from .mesh import Mesh
+from .peers import MeshPeers
+from .sharding import Placement, ShardedParameter, place
+from .tensor import attach_tensor_parallel
+
+COMPUTE_DTYPES = (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64))
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """dtype of activations and matrix products under a `train.precision`."""
+    return dict(COMPUTE_DTYPES)[precision]
+
+
+def build_dispatcher(name: str, mesh: Mesh, num_experts: int) -> Dispatcher | None:
+    """The dispatcher of `model.moe.dispatcher`, None if all experts are on every rank. New ones are one file and a row here."""
+    if mesh.topology.ep * mesh.topology.etp == 1:
+        return None
+    makers: dict[str, Callable[[], Dispatcher]] = {
+        "all_to_all": lambda: AllToAllDispatcher(mesh.ep_etp_group, mesh.topology.ep, mesh.topology.etp, num_experts),
+    }
+    return makers[name]()
+
+
+def parallelize(
+    config: ModelConfig, mesh: Mesh, *, seed: int, precision: str = "fp32", recompute: str = "none"
+) -> tuple[Model, tuple[ShardedParameter, ...]]:
+    """Build the model on this rank: its shards of the weights that `seed` gives, ready for forward and backward.
+
+    Never holds more than one block of unsharded weights. Collective over the mesh.
+
+    Returns:
+        The model, and its parameters in a fixed order that is the same on every rank.
+    """
+    with torch.device("meta"):
+        model = Model(config, init=False)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    placements = {n: place(n, s, mesh, full_qk_norm=config.qk_norm == "full") for n, s in shapes.items()}
+    attach_doors(model, mesh)
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(precision), reduce_dtype=dtype) if precision == "bf16" else None
+    fill = functools.partial(_materialise, placements=placements, config=config, mesh=mesh, seed=seed, dtype=dtype)
+    for index, block in enumerate(model.layers):
+        fill(block, f"layers.{index}.")
+    for part in ("embed", "head"):
+        fill(getattr(model, part), f"{part}.")
+    if config.tie_embeddings:
+        model.head.weight_VD = model.embed.weight_VD
+    attach_tensor_parallel(model, mesh.tp_group)
+    if recompute == "selective":
+        apply_recompute(model)
+    for index, block in enumerate(model.layers):
+        _shard_block(block, f"layers.{index}.", placements, mesh, policy)
+    _shard_module(model, mesh, expert=False, policy=policy)
+    return model, tuple(ShardedParameter(placements[name], p) for name, p in model.named_parameters())
+
+
+def attach_doors(model: Model, mesh: Mesh) -> None:
+    """Give every MoE layer its dispatcher and its peers."""
+    peers = MeshPeers(mesh.tp_group, mesh.world_group)
+    for layer in moe_layers(model):
+        layer.peers = peers
+        dispatcher = build_dispatcher(layer.config.dispatcher, mesh, layer.config.num_experts)
+        layer.dispatcher = dispatcher or layer.dispatcher
+
+
+def moe_layers(model: Model) -> list[MoELayer]:
+    """The MoE layers of a model, in order."""
+    return [block.moe for block in model.layers if block.moe is not None]
+
+
+@torch.no_grad()
+def _materialise(
+    module: nn.Module,
+    prefix: str,
+    *,
+    placements: dict[str, Placement],
+    config: ModelConfig,
+    mesh: Mesh,
+    seed: int,
+    dtype: torch.dtype,
+) -> None:
+    """Replace meta parameters by this rank's tp, etp and ep shards with their initial values, and buffers by zeros."""
+    for path, child in module.named_modules():
+        for leaf, parameter in list(child._parameters.items()):
+            name = prefix + (f"{path}." if path else "") + leaf
+            if parameter is None or name not in placements:
+                continue  # a tied weight: it has one logical name
+            p = placements[name]
+            experts = mesh.topology.expert_range(mesh.coordinates.ep, p.global_shape[0]) if p.kind == "expert" else None
+            value = initial_value(
+                name, p.global_shape, seed=seed, std=config.init_std, num_layers=config.num_layers, experts=experts
+            )
+            local = p.slice_local(value, mesh).to(mesh.device, dtype, copy=True).contiguous()
+            setattr(child, leaf, nn.Parameter(local))
+        for leaf, buffer in list(child._buffers.items()):
+            if buffer is not None:
+                child._buffers[leaf] = torch.zeros_like(buffer, device=mesh.device)
+
+
+def apply_recompute(model: Model) -> None:
+    """Recompute attention, experts and feed-forward in backward from their inputs.
+
+    Routing and the all-to-all stay outside: they are never run twice, so nothing is counted twice and no token can take another
+    route in backward.
+    """
+    for block in model.layers:
+        parts: list[nn.Module | None] = [block.attention, block.ffn]
+        if block.moe is not None:
+            parts += [block.moe.experts, block.moe.shared_expert]
+        for part in parts:
+            if part is not None:
+                part.forward = _recomputed(part.forward)  # type: ignore[method-assign]
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _shard_block(block: Block, prefix: str, placements: dict[str, Placement], mesh: Mesh, policy: MixedPrecisionPolicy | None) -> None:
+    if block.moe is not None:
+        dims = {p: placements[f"{prefix}moe.experts.{n}"].data_dim for n, p in block.moe.experts.named_parameters()}
+        _shard_module(block.moe.experts, mesh, expert=True, policy=policy, data_dims=dims)
+    # the router stays whole and uncast on every rank
+    ignored = {block.moe.router.weight_ED} if block.moe is not None else set()
+    _shard_module(block, mesh, expert=False, policy=policy, ignored=ignored)
+
+
+def _shard_module(
+    module: nn.Module,
+    mesh: Mesh,
+    *,
+    expert: bool,
+    policy: MixedPrecisionPolicy | None,
+    data_dims: dict[nn.Parameter, int] | None = None,
+    ignored: set[nn.Parameter] | None = None,
+) -> None:
+    """FSDP2 over the data ranks, with gradients summed instead of averaged."""
+    dims = data_dims or {}
+    fully_shard(
+        module,
+        mesh=mesh.data_mesh(expert),
+        shard_placement_fn=lambda p: Shard(dims.get(p, 0)),
+        mp_policy=policy or MixedPrecisionPolicy(cast_forward_inputs=False),
+        ignored_params=ignored or set(),
+    )
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,215 @@
+"""One optimizer step over any layout: forward and backward of the micro-batches, gradient sums, clipping, update, statistics.
+
+The loss of a step is (sum of token losses + auxiliary sums) / (valid tokens of the global batch). The divisor is known before
+the first backward, and every reduction of gradients is a sum, so nothing depends on how the batch is split.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from ..moe.balance import Balancer, update_expert_bias
+from ..moe.config import BalanceConfig, ModelConfig
+from ..moe.errors import NumericsError
+from ..moe.load import Aux
+from ..moe.model import Model
+from .apply import moe_layers, parallelize
+from .gradients import clip_gradients, complete_gradients, gradient_norm
+from .mesh import Mesh
+from .optimizer import ShardedAdamW
+from .step_stats import StepStats, StepSums
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank feeds the model at once. Tensor-parallel ranks get the same one.
+
+    tokens_BS, labels_BS: int64. valid_BS: bool, None = all. document_BS: ids for attention inside documents. domain_B: int64.
+    sample_ids_B: int64 global sample numbers, named in error messages.
+    """
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    valid_BS: Tensor | None = None
+    document_BS: Tensor | None = None
+    domain_B: Tensor | None = None
+    sample_ids_B: Tensor | None = None
+
+    def valid_tokens(self) -> int:
+        return self.tokens_BS.numel() if self.valid_BS is None else int(self.valid_BS.sum())
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW settings that do not change over a run."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float | None = 1.0
+    implementation: str = "fused"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; the same on every rank except for the times."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    stats: StepStats
+    model_s: float
+    optimizer_s: float
+
+
+class Engine:
+    """A model spread over a mesh, with its optimizer and balance state.
+
+    Args:
+        config: the model.
+        mesh: where it runs.
+        seed: of the initial weights.
+        precision, recompute: see `TrainConfig` and `ParallelConfig`.
+        num_domains: sources of training text, for statistics.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        seed: int = 0,
+        precision: str = "fp32",
+        recompute: str = "none",
+        optimizer: OptimizerSettings | None = None,
+        num_domains: int = 1,
+    ):
+        self.config, self.mesh, self.num_domains = config, mesh, num_domains
+        self.model: Model
+        self.model, self.parameters = parallelize(config, mesh, seed=seed, precision=precision, recompute=recompute)
+        self.settings = optimizer or OptimizerSettings()
+        self.optimizer = ShardedAdamW(
+            self.parameters,
+            lr=0.0,
+            betas=self.settings.betas,
+            eps=self.settings.eps,
+            weight_decay=self.settings.weight_decay,
+            implementation="foreach" if self.settings.implementation == "foreach" else "fused",
+        )
+        self.layers = moe_layers(self.model)
+        balance = config.moe.balance if config.moe is not None else BalanceConfig(aux_loss_coeff=0.0)
+        self.balancer = Balancer(balance, self.layers[0].peers if self.layers else None)
+        self.step = 0
+
+    def train_step(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        """Run the micro-batches (the same number on every rank) and update the weights once. Collective.
+
+        Raises:
+            NumericsError: on every rank, before the update, when the loss or a gradient is not finite anywhere.
+        """
+        start_s = time.perf_counter()
+        tokens = self._global_tokens(batches)
+        exact_LE = self._exact_counts(batches)
+        self.balancer.start_step(len(batches), exact_LE)
+        sums = StepSums(self.mesh, self.num_domains)
+        for batch in batches:
+            self._forward_backward(batch, tokens, sums)
+        complete_gradients(self.parameters, self.mesh)
+        norm = gradient_norm(self.parameters, self.mesh)
+        stats = sums.reduce(tokens)
+        loss, grad_norm = stats.loss, float(norm)
+        if not (abs(loss) < float("inf") and grad_norm < float("inf")):
+            self._raise_not_finite(batches, sums, loss, grad_norm)
+        model_s = time.perf_counter() - start_s
+        self._update(norm, lr, stats)
+        return StepResult(loss, grad_norm, tokens, stats, model_s, time.perf_counter() - start_s - model_s)
+
+    def _forward_backward(self, batch: MicroBatch, tokens: int, sums: StepSums) -> None:
+        terms: list[Tensor] = []
+        loss_sum, aux = self.model(
+            batch.tokens_BS,
+            batch.valid_BS,
+            labels_BS=batch.labels_BS,
+            document_BS=batch.document_BS,
+            on_aux=lambda aux: terms.append(self.balancer.losses(aux)),
+        )
+        total = loss_sum if not terms else loss_sum + terms[0].to(loss_sum.dtype)
+        (total / tokens).backward()
+        sums.add(loss_sum.detach(), aux, batch.domain_B)
+
+    @torch.no_grad()
+    def _update(self, norm: Tensor, lr: float, stats: StepStats) -> None:
+        if self.settings.grad_clip is not None:
+            clip_gradients(self.parameters, norm, self.settings.grad_clip)
+        self.optimizer.step(lr)
+        if stats.counts_LE is not None:
+            self.balancer.end_step(stats.counts_LE)
+            for layer, counts_E in zip(self.layers, stats.counts_LE, strict=True):
+                if layer.router.biased:
+                    update_expert_bias(layer.router.expert_bias_E, counts_E, layer.config.balance.bias_update_rate)
+        self.step += 1
+
+    @torch.no_grad()
+    def _exact_counts(self, batches: Sequence[MicroBatch]) -> Tensor | None:
+        """Global counts [L, E] of the step by a pass without gradients, for `accumulation = "exact"`."""
+        c = self.balancer.config
+        if c.scope != "global" or c.accumulation != "exact" or not c.aux_loss_coeff or not self.layers:
+            return None
+        counts_LE: Tensor | None = None
+        for batch in batches:
+            aux: Aux = self.model(batch.tokens_BS, batch.valid_BS, labels_BS=batch.labels_BS, document_BS=batch.document_BS)[1]
+            counts_LE = aux.counts_E if counts_LE is None else counts_LE + aux.counts_E
+        assert counts_LE is not None
+        return self.balancer.peers.start_sum(counts_LE, "global")().double()
+
+    def _global_tokens(self, batches: Sequence[MicroBatch]) -> int:
+        """Valid tokens of the step over all ranks, counted once per data rank; at least 1."""
+        count = torch.tensor(sum(b.valid_tokens() for b in batches), dtype=torch.int64, device=self.mesh.device)
+        if self.mesh.topology.world > 1:
+            dist.all_reduce(count, group=self.mesh.world_group)
+        return max(1, int(count) // self.mesh.topology.tp)
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> tuple[Tensor, Aux | None]:
+        """Sum of the losses of one batch on this data rank (float scalar tensor), without touching any training state."""
+        loss_sum, aux = self.model(
+            batch.tokens_BS, batch.valid_BS, labels_BS=batch.labels_BS, document_BS=batch.document_BS
+        )
+        return loss_sum, aux
+
+    @torch.no_grad()
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        """Logits [B, S, V] of the whole vocabulary. Collective: every rank passes the same tokens."""
+        return self.model(tokens_BS)[0]
+
+    def reshard(self) -> None:
+        """Drop gathered weights after a pass without backward, before weights are overwritten."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _raise_not_finite(self, batches: Sequence[MicroBatch], sums: StepSums, loss: float, grad_norm: float) -> None:
+        """Every rank raises the same error, naming the ranks whose own loss or gradients went wrong and their samples."""
+        bad_grads = [p.placement.name for p in self.parameters if (g := p.local_grad) is not None and not g.isfinite().all()]
+        ids = [i for b in batches if b.sample_ids_B is not None for i in b.sample_ids_B.tolist()]
+        mine = {"rank": self.mesh.rank, "loss": float(sums.loss), "bad": bad_grads[:3], "samples": ids}
+        reports: list[dict] = [mine]
+        if self.mesh.topology.world > 1:
+            reports = [{}] * self.mesh.topology.world
+            dist.all_gather_object(reports, mine, group=self.mesh.world_group)
+        losses = [r for r in reports if not abs(r["loss"]) < float("inf")]
+        guilty = losses or [r for r in reports if r["bad"]] or reports
+        lines = [
+            f"  rank {r['rank']}: loss sum {r['loss']:.6g}; not finite: {', '.join(r['bad']) or 'no local gradient'}; samples {r['samples']}"
+            for r in guilty
+        ]
+        raise NumericsError(
+            f"step {self.step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}; the weights were not updated\n" + "\n".join(lines)
+        )

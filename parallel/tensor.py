@@ -1,0 +1,102 @@
+"""Tensor parallelism with sequence parallelism, attached to a model from outside.
+
+Between blocks a rank holds its share of each sequence's positions. Attention and dense feed-forward gather the positions, work on
+their share of heads or hidden width, and scatter the sum. Norms, routers and shared experts work on the local positions, so their
+weights are whole on every rank and their gradients are summed over the group. The vocabulary of embedding and head is sharded.
+(Megatron-LM, arXiv 1909.08053; sequence parallelism: arXiv 2205.05198.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..moe.attention import RMSNorm
+from ..moe.model import Model, TokenEmbedding
+from .collectives import GatherSequence, Group, ScatterSequence, SumOverGroup, all_gather_dim
+
+
+class MeshVocab:
+    """This rank's rows of the vocabulary; see `moe.loss.VocabShard`."""
+
+    def __init__(self, rows: int, group: Group):
+        self.group, self.offset = group, dist.get_rank(group) * rows
+
+    def max(self, x: Tensor) -> Tensor:
+        out = x.clone()
+        dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self.group)
+        return out
+
+    def sum(self, x: Tensor) -> Tensor:
+        out = x.clone()
+        dist.all_reduce(out, group=self.group)
+        return out
+
+
+class ShardedEmbedding(nn.Module):
+    """Look up the ids of this rank's rows, sum over ranks, keep this rank's positions: int64 [B, S] -> [B, S / tp, D]."""
+
+    def __init__(self, embedding: TokenEmbedding, group: Group):
+        super().__init__()
+        self.weight_VD = embedding.weight_VD
+        self.group, self.tp_rank = group, dist.get_rank(group)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        rows = self.weight_VD.shape[0]
+        local_BS = tokens_BS - self.tp_rank * rows
+        here_BS = (local_BS >= 0) & (local_BS < rows)
+        x_BSD = F.embedding(local_BS.clamp(0, rows - 1), self.weight_VD) * here_BS[..., None]
+        return ScatterSequence.apply(x_BSD, self.group)
+
+
+class ShardedRMSNorm(nn.Module):
+    """RMSNorm over a width that is sharded over the group (QK-norm over the full projection)."""
+
+    def __init__(self, norm: RMSNorm, group: Group):
+        super().__init__()
+        self.weight_D, self.eps, self.group = norm.weight_D, norm.eps, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        squares = SumOverGroup.apply(x.to(wide).square().sum(-1, keepdim=True), self.group)
+        mean = squares / (x.shape[-1] * dist.get_world_size(self.group))
+        return (x.to(wide) * torch.rsqrt(mean + self.eps) * self.weight_D.to(wide)).to(x.dtype)
+
+
+def _surround(module: nn.Module, group: Group) -> None:
+    """Gather positions before the module and scatter the sum of its outputs after it."""
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return GatherSequence.apply(args[0], group), *args[1:]
+
+    def after(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return ScatterSequence.apply(output, group)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def attach_tensor_parallel(model: Model, group: Group) -> None:
+    """Make a model whose weights are already this rank's shards run on them. No-op for a group of one."""
+    if dist.get_world_size(group) == 1:
+        return
+    model.embed = ShardedEmbedding(model.embed, group)  # type: ignore[assignment]
+    for block in model.layers:
+        _surround(block.attention, group)
+        if block.attention.qk_norm == "full":
+            block.attention.q_norm = ShardedRMSNorm(block.attention.q_norm, group)
+            block.attention.k_norm = ShardedRMSNorm(block.attention.k_norm, group)
+        if block.ffn is not None:
+            _surround(block.ffn, group)
+    model.head.shard = MeshVocab(model.head.weight_VD.shape[0], group)
+    model.head.norm.register_forward_hook(lambda _, __, x_BSD: GatherSequence.apply(x_BSD, group))
+
+    def whole_logits(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        # without labels the head returns logits [B, S, V / tp]; they are for sampling and carry no gradient
+        return all_gather_dim(output.detach(), 2, group) if output.dim() == 3 else output
+
+    model.head.register_forward_hook(whole_logits)
