@@ -9,6 +9,7 @@ TOML has no null: `"none"` unsets any setting that may be unset (`train.grad_cli
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -167,14 +168,16 @@ class _Layer:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def origin(self, path: str) -> str:
-        """Origin of a value; a value inside an inline table is where its table is."""
-        parent = path
-        while parent:
-            if parent in self.lines:
-                return f"{self.name}:{self.lines[parent]}"
-            if parent in self.origins:
-                return self.origins[parent]
-            parent = parent[: max(parent.rfind("."), parent.rfind("["), 0)]
+        """Origin of a value or table; a value inside an inline table is where its table is."""
+        below = next((p for p in [*self.lines, *self.origins] if p.startswith(f"{path}.")), "")
+        parents = [path]
+        while parent := parents[-1][: max(parents[-1].rfind("."), parents[-1].rfind("["), 0)]:
+            parents.append(parent)
+        for known in (path, below, *parents):
+            if known in self.lines:
+                return f"{self.name}:{self.lines[known]}"
+            if known in self.origins:
+                return self.origins[known]
         return self.name
 
 
@@ -312,7 +315,8 @@ def _read_file(file: str, problems: list[Problem]) -> _Layer:
 
 def _dotted_layer(values: Mapping[str, object], name: Callable[[str], str]) -> _Layer:
     table: Table = {}
-    for path, value in values.items():
+    # The caller's tables stay as they are.
+    for path, value in copy.deepcopy(dict(values)).items():
         *parents, last = path.split(".")
         node = table
         for key in parents:

@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ..moe.errors import DataError
+from .console import console_line as console_line
 
 SCHEMA = 1
 Kind = Literal["step", "eval", "run"]
@@ -70,15 +71,24 @@ REGISTRY: tuple[Metric, ...] = (
     Metric("moe/dead_frac", "fraction", "Experts that no token of the global batch was sent to; mean over MoE layers"),
     Metric("moe/entropy", "fraction", "Entropy of the load over experts / log(experts); 1 = balanced; mean over MoE layers"),
     Metric("moe/drop_frac", "fraction", "Token-expert pairs dropped over capacity / all pairs; 0 when dropless"),
-    Metric("moe/max_violation", "1", "moe/load_max - 1 (MaxVio, arXiv 2408.15664), in the global batch"),
-    Metric("moe/max_violation_micro", "1", "The same inside single micro-batches of one data rank; mean over them"),
+    Metric("moe/max_violation", "1", "moe/load_max - 1 (MaxVio, arXiv 2408.15664), in the global batch; mean over MoE layers"),
+    Metric(
+        "moe/max_violation_micro",
+        "1",
+        "Largest load ratio - 1 inside a micro-batch of one data rank: it makes stragglers; mean over micro-batches and layers",
+    ),
     Metric("moe/router_logit_max", "1", "Largest absolute router logit; over all MoE layers"),
     Metric("moe/bias_max", "1", "Largest absolute expert bias; over all MoE layers"),
     Metric("moe/load_LE", "ratio", "Load ratio of every expert of every MoE layer, in the global batch", "layer x expert"),
-    Metric("moe/domain_load", "ratio", "The same, counted over the tokens of one data source", "domain -> layer x expert"),
+    Metric(
+        "moe/domain_load",
+        "ratio",
+        "Load ratio of every expert, counted over the tokens of one data source",
+        "domain -> layer x expert",
+    ),
     Metric("eval/loss", "nats/token", "Cross entropy on held-out text"),
     Metric("eval/bits_per_byte", "bits/byte", "eval/loss · tokens / (ln 2 · bytes): comparable between tokenizers"),
-    Metric("eval/bits_per_byte/<domain>", "bits/byte", "The same on the held-out text of one data source"),
+    Metric("eval/bits_per_byte/<domain>", "bits/byte", "eval/bits_per_byte of the held-out text of one data source"),
     Metric(
         "eval/bigram_bits_per_byte", "bits/byte", "Held-out text under a byte-bigram model of the training text: the baseline"
     ),
@@ -269,60 +279,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and all(name in record for name in _HEAD) else None
-
-
-def human(value: float) -> str:
-    """A large number in three digits: 19400 -> '19.4k', 1.24e6 -> '1.24M'."""
-    if not math.isfinite(value):
-        return str(value)
-    scaled, unit = value, ""
-    for unit in ("", "k", "M", "G", "T"):
-        # 999.5 would be printed as 1e+03, so it moves on to the next unit.
-        if abs(scaled) < 999.5 or unit == "T":
-            break
-        scaled /= 1000
-    return f"{scaled:.3g}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """A span of time in two units: 15120 -> '4h12m', 45 -> '45s'."""
-    s = max(0, round(seconds))
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m{s % 60:02d}s"
-    return f"{s // 3600}h{s % 3600 // 60:02d}m" if s < 86400 else f"{s // 86400}d{s % 86400 // 3600}h"
-
-
-def console_line(record: Mapping[str, Any], total_steps: int, *, device: str = "gpu") -> str:
-    """One line for people. Metrics that the record does not have are left out; values that were not finite say 'nan'.
-
-    total_steps: steps of the whole run, for progress and the estimated time to its end.
-    device: what one rank runs on, as the unit of the throughput per rank ("gpu" or "rank").
-    """
-
-    def part(label: str, key: str, form: str, scale: float = 1.0, unit: str = "") -> list[str]:
-        if key not in record:
-            return []
-        return [f"{label} " + ("nan" if record[key] is None else f"{record[key] * scale:{form}}{unit}")]
-
-    parts = [f"step {record['step']}/{total_steps}"]
-    if record["kind"] == "eval":
-        parts += part("held-out loss", "eval/loss", ".3f")
-        parts += part("bits/byte", "eval/bits_per_byte", ".3f")
-        parts += part("bigram", "eval/bigram_bits_per_byte", ".3f")
-        stem = "eval/bits_per_byte/"
-        return "  ".join(parts + [p for k in record if k.startswith(stem) for p in part(k.removeprefix(stem), k, ".3f")])
-    parts += part("loss", "train/loss", ".3f") + part("grad", "train/grad_norm", ".2f") + part("lr", "train/lr", ".1e")
-    if record.get("perf/tokens_per_s") is not None:
-        each = record.get("perf/tokens_per_s_gpu")
-        parts.append(f"{human(record['perf/tokens_per_s'])} tok/s" + (f" ({human(each)}/{device})" if each is not None else ""))
-    parts += part("mfu", "perf/mfu", ".0f", 100, "%") + part("mem", "mem/peak_gib", ".1f", unit=" GiB")
-    parts += part("load cv", "moe/load_cv", ".2f") + part("drop", "moe/drop_frac", ".1f", 100, "%")
-    if record.get("perf/step_s") is not None and record["step"] < total_steps:
-        overhead = (record.get("perf/checkpoint_s") or 0) + (record.get("perf/log_s") or 0)
-        parts.append(f"eta {duration((record['perf/step_s'] + overhead) * (total_steps - record['step']))}")
-    return "  ".join(parts)
 
 
 class TensorBoardSink:

@@ -64,11 +64,11 @@ def lines(
         points = max(60, MAX_POINTS * 3 // max(3, len(series)))
         for i, s in enumerate(series):
             ink, dash = _SERIES_KEYS[i % len(_SERIES)], _DASHES[(i // len(_SERIES) if len(series) > 6 else i) % len(_DASHES)]
-            raw = _thin(s.x, s.y, points)
+            raw = thinned(s.x, s.y, points)
             few = len(raw[0]) < 25
             if smooth and not few:
                 ax.plot(*raw, color=ink, alpha=0.3, linewidth=0.8)
-                ax.plot(*_thin(s.x, smoothed(s.y), points), color=ink, linewidth=1.8, linestyle=dash, label=s.label)
+                ax.plot(*thinned(s.x, smoothed(s.y), points), color=ink, linewidth=1.8, linestyle=dash, label=_label(s.label))
             else:
                 ax.plot(
                     *raw, color=ink, linewidth=1.6, linestyle=dash, marker="o" if few else None, markersize=3.5, label=s.label
@@ -76,7 +76,7 @@ def lines(
         if from_zero:
             ax.set_ylim(bottom=0)
         if len(series) > 1:
-            _legend(ax)
+            _legend(fig, ax)
 
     return _render(name, title, draw, width=WIDE if wide else HALF)
 
@@ -109,7 +109,7 @@ def stack(name: str, title: str, xlabel: str, ylabel: str, x: Sequence[float], p
             ax.stackplot(xs, means, labels=list(parts), colors=_SERIES_KEYS, alpha=0.75, linewidth=0)
             ax.margins(x=0)
         ax.set_ylim(bottom=0)
-        _legend(ax)
+        _legend(fig, ax)
 
     return _render(name, title, draw, width=HALF)
 
@@ -129,19 +129,19 @@ def histogram(name: str, title: str, xlabel: str, ylabel: str, series: Sequence[
             ink = _SERIES_KEYS[i % len(_SERIES)]
             weights = [1 / len(values)] * len(values)
             at = [quantile(sorted(values), q) for q in marks]
-            label = s.label + "".join(f", p{q * 100:g} {v:.3g}" for q, v in zip(marks, at, strict=True))
+            label = _label(s.label) + "".join(f", p{q * 100:g} {v:.3g}" for q, v in zip(marks, at, strict=True))
             ax.hist(
                 [min(v, high) for v in values], edges, weights=weights, color=ink, alpha=0.45, histtype="stepfilled", label=label
             )
             for value, dash in zip(at, _DASHES[1:], strict=False):
                 ax.axvline(min(value, high), color=ink, linestyle=dash, linewidth=1.4)
-        _legend(ax)
+        _legend(fig, ax)
 
     return _render(name, title, draw, width=HALF)
 
 
 def load_maps(
-    name: str, title: str, maps: Mapping[str, Sequence[Sequence[float]]], layers: Sequence[int], *, columns: int = 3
+    name: str, title: str, maps: Mapping[str, Sequence[Sequence[float | None]]], layers: Sequence[int], *, columns: int = 3
 ) -> str:
     """Load ratio, layer x expert, as small maps with one common colour scale centred at 1.0 (white).
 
@@ -170,7 +170,7 @@ def load_maps(
         fig.supxlabel("expert", fontsize=9, color=_INK)
         fig.supylabel("layer", fontsize=9, color=_INK)
         bar = fig.colorbar(shown, ax=[a for a in axes if a.figure is not None], extend="max", fraction=0.05, pad=0.02, aspect=30)
-        bar.set_label("load / ideal (1 = balanced)", color=_INK, fontsize=9)
+        bar.set_label("load / ideal", color=_INK, fontsize=9)
         ticks = [0, 0.5, 1, *([1.5] if top <= 3 else []), *range(2, int(top) + 1, max(1, int(top) // 4))]
         bar.set_ticks(ticks, labels=[_tick(t) for t in ticks])
 
@@ -211,7 +211,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _thin(x: Sequence[float], y: Sequence[float], points: int) -> tuple[list[float], list[float]]:
+def thinned(x: Sequence[float], y: Sequence[float], points: int) -> tuple[list[float], list[float]]:
     """At most about `points` points: of every block its lowest and its highest, so that spikes stay visible."""
     if len(x) <= points:
         return list(x), list(y)
@@ -253,13 +253,18 @@ def _layer_ticks(ax: Axes, layers: Sequence[int]) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def _legend(ax: Axes) -> None:
+def _label(text: str) -> str:
+    """A name as a label: matplotlib leaves out those that begin with an underscore, unless something stands before it."""
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def _legend(fig: Figure, ax: Axes) -> None:
     """Above the plot, where it hides no data, in as many columns as fit."""
     handles, labels = ax.get_legend_handles_labels()
     labels = [label if len(label) <= 48 else f"{label[:30]}…{label[-17:]}" for label in labels]
     # In points: 8-point letters are about 4.6 wide, a handle with its gaps 40.
-    columns = int(ax.figure.get_figwidth() * 72 // (max(map(len, labels)) * 4.6 + 40))
-    ax.figure.legend(
+    columns = int(fig.get_figwidth() * 72 // (max(map(len, labels)) * 4.6 + 40))
+    fig.legend(
         handles,
         labels,
         frameon=False,
@@ -283,11 +288,19 @@ def _render(name: str, title: str, draw: Callable[[Figure], None], *, width: flo
     ink: dict[str, Any] = dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK
     )
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.parse_math": False,
+    }
     # These settings are read while drawing, so there is no way around a (restored) global context.
     # Starting from the defaults keeps a user's own matplotlibrc out of the report.
     defaults = {k: v for k, v in mpl.rcParamsDefault.items() if k != "backend"}
-    with mpl.rc_context({**defaults, **style, **ink}):
+    settings: Any = {**defaults, **style, **ink}
+    with mpl.rc_context(settings):
         fig = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(fig)
         draw(fig)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -18,6 +17,7 @@ from typing import Any
 from ..moe.errors import RunDirError
 from . import report_experts, report_sections
 from .report_parts import STYLE, RunData, Runs, load_runs
+from .rundir import write_atomic
 
 
 @dataclass(frozen=True)
@@ -148,18 +148,10 @@ def _missing(section: Section) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace `path` in one step, so that a reader never sees half a report."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            # mkstemp makes files that only the owner can read; a report is for showing.
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomic(path, text)
     except OSError as error:
-        raise RunDirError(f"{path}: the report cannot be written ({error.strerror}); choose another file with out=") from error
+        raise RunDirError(
+            f"{path}: the report cannot be written ({error.strerror}); choose another file (--out, out=)"
+        ) from error

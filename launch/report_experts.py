@@ -27,10 +27,10 @@ def experts(runs: Runs) -> str | None:
         row(
             curves(runs, "moe/load_cv", "Unevenness of the load", zero=True, smooth=True),
             _violations(runs),
-            curves(runs, "moe/dead_frac", "Experts without tokens", zero=True),
-            curves(runs, "moe/drop_frac", "Dropped token-expert pairs", zero=True),
+            curves(runs, "moe/dead_frac", "Experts without tokens", zero=True, unless_zero=True),
+            curves(runs, "moe/drop_frac", "Dropped token-expert pairs", zero=True, unless_zero=True),
             curves(runs, "moe/router_logit_max", "Largest router logit", zero=True, smooth=True),
-            curves(runs, "moe/bias_max", "Largest expert bias", zero=True, smooth=True),
+            curves(runs, "moe/bias_max", "Largest expert bias", zero=True, smooth=True, unless_zero=True),
         ),
         *(_dead(run) for run in runs),
     )

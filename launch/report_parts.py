@@ -127,18 +127,23 @@ def number(value: Any) -> str:
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table whose first column heads its rows. Every cell is escaped; numbers are aligned to the right."""
+    """A table whose first column heads its rows. Every cell is escaped; columns of numbers are aligned to the right."""
+    cells = [list(r) for r in rows]
 
-    def cell(value: Any) -> str:
-        kind = ' class="num"' if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
-        return f"<td{kind}>{escape(number(value))}</td>"
+    def numeric(column: int) -> bool:
+        values = [r[column] for r in cells if r[column] is not None]
+        return bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
 
-    top = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
-    body = "\n".join(f'<tr><th scope="row">{escape(number(r[0]))}</th>{"".join(map(cell, r[1:]))}</tr>' for r in rows)
+    kinds = ["", *(' class="num"' if numeric(i) else "" for i in range(1, len(head)))]
+    top = "".join(f'<th scope="col"{kind}>{escape(h)}</th>' for h, kind in zip(head, kinds, strict=True))
+    lines = []
+    for r in cells:
+        rest = "".join(f"<td{kind}>{escape(number(v))}</td>" for v, kind in zip(r[1:], kinds[1:], strict=True))
+        lines.append(f'<tr><th scope="row">{escape(number(r[0]))}</th>{rest}</tr>')
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f"<table><caption>{escape(caption)}</caption>"
-        f"<thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+        f"<table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead>\n"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
@@ -234,7 +239,7 @@ th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
   overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 500; min-width: 8rem; }
-td.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; max-height: 30rem; overflow-y: auto; }
 .tabs > label { margin: 0 1rem 0 .25rem; font-size: .88rem; }
 .tabs > .panel { display: none; margin-top: .6rem; }

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..moe.errors import MoefoldError
 from . import plots
-from .metrics import duration, metric
+from .console import duration
+from .metrics import metric
 from .plots import Series
 from .report_parts import SOURCE, RunData, Runs, csv_link, figure, flat, join, number, row, table, tabs
 
@@ -34,8 +35,8 @@ def _state(run: RunData) -> list[tuple[str, str]]:
         times = f"{len(broken)} time{'s' if len(broken) > 1 else ''}"
         redone = f"; {again} step{'s' if again > 1 else ''} had to be done again" if again else "; no logged step was lost"
         out.append(("warn", f"Interrupted {times}{redone}."))
-    error = run.attempts[-1].get("error") if run.attempts else None
-    return out + ([("bad", f"Last error: {str(error).strip().splitlines()[0]}")] if error and str(error).strip() else [])
+    error = _first_line(run.attempts[-1].get("error")) if run.attempts else ""
+    return out + ([("bad", f"Last error: {error}")] if error else [])
 
 
 def _loss(run: RunData) -> list[tuple[str, str]]:
@@ -137,10 +138,14 @@ def curves(
     smooth: bool = False,
     zero: bool = False,
     wide: bool = False,
+    unless_zero: bool = False,
 ) -> str | None:
-    """A figure with the scalar `key` of every run over `x` (a key of the same record, or "hours"); None without data."""
+    """A figure with the scalar `key` of every run over `x` (a key of the same record, or "hours"); None without data.
+
+    zero: start the axis at 0. unless_zero: no figure if every value is 0; the table of all metrics still says so.
+    """
     series = [s for r in runs if (s := _series(r, key, x)).y]
-    if not series:
+    if not series or (unless_zero and not any(v for s in series for v in s.y)):
         return None
     name = f"{key}-{x}".replace("/", "-").replace("_", "-")
     m = metric(key)
@@ -285,19 +290,17 @@ def attempts(runs: Runs) -> str | None:
     for run in runs:
         began = {r["attempt"]: r["step"] for r in run.metrics.runs}
         for i, a in enumerate(run.attempts):
-            start, end = a.get("start"), a.get("end")
+            start, end = a.get("start_s"), a.get("end_s")
             took = duration(end - start) if start is not None and end is not None else "no end recorded"
-            first = str(a.get("error") or "").strip().splitlines()[:1]
-            cells = [
-                began.get(i),
-                run.metrics.lost_steps.get(i),
-                a.get("world_size"),
-                a.get("exit_code"),
-                first[0] if first else "",
-            ]
-            rows.append([f"{run.name} / {i}" if len(runs) > 1 else i, _moment(start), took, *cells])
-    head = ["attempt", "start (UTC)", "took", "from step", "steps done again", "ranks", "exit code", "error"]
+            where = [began.get(i), run.metrics.lost_steps.get(i), a.get("world_size")]
+            how = [a.get("state"), a.get("exit_code"), _first_line(a.get("error"))]
+            rows.append([f"{run.name} / {i}" if len(runs) > 1 else i, _moment(start), took, *where, *how])
+    head = ["attempt", "start (UTC)", "took", "from step", "steps done again", "ranks", "state", "exit code", "error"]
     return table("Attempts (status.json)", head, rows) if rows else None
+
+
+def _first_line(text: object) -> str:
+    return next(iter(str(text or "").strip().splitlines()), "")
 
 
 def _moment(unix: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..moe.config import ModelConfig, positive, raise_if
+from ..moe.config import ModelConfig, check_types, not_negative, positive, raise_if
 from ..moe.errors import Problem
 from ..parallel.config import ParallelConfig
 
@@ -20,6 +20,9 @@ class RunSection:
     """Folder that new run directories are made in."""
     dir: str | None = None
     """Exact run directory; set it to resume a run, or to let a scheduler requeue it."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class SourceConfig:
     """Key of the text in a jsonl object."""
 
     def __post_init__(self) -> None:
+        check_types(self, "data.sources")
         problems = positive(self, "data.sources", ["weight"])
         needs_path = self.type in ("text", "jsonl", "indexed")
         if needs_path and not self.path:
@@ -82,6 +86,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self, "data")
         problems = positive(self, "data", ["seq_len"])
         if not self.sources:
             problems.append(Problem("data.sources", "is empty; leave it out to train on this machine's Python library"))
@@ -105,12 +110,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         path = "train.optimizer"
-        problems = positive(self, path, ["eps"])
+        check_types(self, path)
+        problems = positive(self, path, ["eps"]) + not_negative(self, path, ["weight_decay"])
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(Problem(f"{path}.{name}", f"is {getattr(self, name)}, but must be in [0, 1)"))
-        if self.weight_decay < 0:
-            problems.append(Problem(f"{path}.weight_decay", f"is {self.weight_decay}, but must not be negative"))
         raise_if(problems)
 
 
@@ -151,18 +155,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         path = "train"
-        problems = positive(self, path, ["global_batch", "lr"])
+        check_types(self, path)
+        problems = positive(self, path, ["global_batch", "lr", "steps", "tokens", "grad_clip", "decay_steps", "threads"])
+        problems += not_negative(self, path, ["warmup_steps", "eval_every", "eval_batches", "sample_tokens"])
         if (self.steps is None) == (self.tokens is None):
             problems.append(
                 Problem(f"{path}.steps", f"= {self.steps} and {path}.tokens = {self.tokens}: set exactly one of them")
             )
-        for name in ("steps", "tokens", "grad_clip", "decay_steps", "threads"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                problems.append(Problem(f"{path}.{name}", f"is {value}, but must be positive"))
-        for name in ("warmup_steps", "eval_every", "eval_batches", "sample_tokens"):
-            if getattr(self, name) < 0:
-                problems.append(Problem(f"{path}.{name}", f"is {getattr(self, name)}, but must not be negative"))
         if not 0 <= self.min_lr_ratio <= 1:
             problems.append(Problem(f"{path}.min_lr_ratio", f"is {self.min_lr_ratio}, but must be in [0, 1]"))
         raise_if(problems)
@@ -191,10 +190,8 @@ class CheckpointConfig:
     """Checkpoint whose weights a new run starts from; step, optimizer and data start at zero."""
 
     def __post_init__(self) -> None:
-        problems = positive(self, "checkpoint", ["keep"])
-        if self.every < 0:
-            problems.append(Problem("checkpoint.every", f"is {self.every}, but must not be negative"))
-        raise_if(problems)
+        check_types(self, "checkpoint")
+        raise_if(positive(self, "checkpoint", ["keep"]) + not_negative(self, "checkpoint", ["every"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +203,7 @@ class LogConfig:
     """Write report.html at the end."""
 
     def __post_init__(self) -> None:
+        check_types(self, "log")
         raise_if(positive(self, "log", ["every"]))
 
 
@@ -222,6 +220,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        check_types(self, "")
         problems = []
         if self.data.seq_len > self.model.max_seq_len:
             problems.append(

@@ -7,20 +7,76 @@ with paths as they are written in TOML files and flags (`model.moe.top_k`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, Problem
 
+_NO_CAPACITY = "no token would reach an expert; use a positive factor, or leave it out for dropless"
+_WORDS = MappingProxyType({int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "None"})
+
+
+def check_types(owner: Any, path: str) -> None:
+    """Raise `ConfigError` naming every field of a record whose value is not of its annotated type, with what would be legal.
+
+    Files and flags are checked before a record is built; this is for records built in Python. Comes first in `__post_init__`,
+    because the checks of values may rely on it.
+    """
+    hints = get_type_hints(type(owner))
+    values = {f.name: getattr(owner, f.name) for f in fields(owner)}
+    raise_if(
+        [
+            Problem(f"{path}.{name}".lstrip("."), f"is {value!r}, but must be {_expected(hints[name])}")
+            for name, value in values.items()
+            if not _fits(value, hints[name])
+        ]
+    )
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is UnionType:
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _expected(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if origin is UnionType:
+        return " or ".join(map(_expected, args))
+    if origin is tuple:
+        return f"a tuple, each element {_expected(args[0])}"
+    return _WORDS.get(hint) or f"a {hint.__name__}"
+
 
 def positive(owner: object, path: str, names: Sequence[str]) -> list[Problem]:
-    """Problems for every field among `names` that is not a positive number."""
-    return [
-        Problem(f"{path}.{n}", f"is {getattr(owner, n)}, but must be positive")
-        for n in names
-        if not getattr(owner, n) > 0
-    ]
+    """Problems for every field among `names` that is set, but not a positive finite number."""
+    return _outside(owner, path, names, "positive", lambda value: value > 0)
+
+
+def not_negative(owner: object, path: str, names: Sequence[str]) -> list[Problem]:
+    """Problems for every field among `names` that is set, but negative or not finite."""
+    return _outside(owner, path, names, "not negative", lambda value: value >= 0)
+
+
+def _outside(owner: object, path: str, names: Sequence[str], word: str, legal: Callable[[Any], bool]) -> list[Problem]:
+    problems = []
+    for name in names:
+        value = getattr(owner, name)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if value is not None and not (finite and legal(value)):
+            problems.append(Problem(f"{path}.{name}", f"is {value}, but must be {word}{'' if finite else ' and finite'}"))
+    return problems
 
 
 def raise_if(problems: list[Problem]) -> None:
@@ -36,7 +92,7 @@ class RouterConfig:
     score: Literal["softmax", "sigmoid"] = "softmax"
     """Score function over the logits of all experts (softmax) or of each expert alone (sigmoid, DeepSeek-V3)."""
     order: Literal["softmax_topk", "topk_softmax"] = "softmax_topk"
-    """Softmax over all experts, then top-k (Mixtral, Qwen3, OLMoE), or top-k of logits, then softmax over the chosen (gpt-oss)."""
+    """Softmax over all experts, then top-k (Mixtral, Qwen3, OLMoE); or top-k of logits, then softmax over these (gpt-oss)."""
     renormalize: bool = True
     """Divide the chosen weights by their sum, so that a token's weights sum to 1."""
     scaling_factor: float = 1.0
@@ -50,8 +106,9 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         path = "model.moe.router"
+        check_types(self, path)
         problems = positive(self, path, ["num_groups", "top_groups", "scaling_factor"])
-        if self.top_groups > self.num_groups:
+        if self.top_groups > self.num_groups > 0:
             problems.append(
                 Problem(f"{path}.top_groups", f"is {self.top_groups}, more than num_groups = {self.num_groups}")
             )
@@ -67,15 +124,18 @@ class BalanceConfig:
     """What keeps the experts evenly used. Every loss is 1 at perfect balance, summed over layers with its coefficient."""
 
     scope: Literal["global", "micro", "sequence"] = "global"
-    """Tokens over which expert frequencies are taken: the whole global batch (arXiv 2501.11873), the micro-batch of one data rank, or each sequence."""
+    """Tokens over which expert frequencies are taken: the whole global batch (arXiv 2501.11873), the micro-batch of one data
+    rank, or each sequence."""
     aux_loss_coeff: float = 0.01
     """Coefficient of the load-balancing loss E * sum_e f_e * P_e."""
     accumulation: Literal["running", "prior", "exact"] = "prior"
-    """Global scope with several micro-batches: counts so far (the paper's buffer); those plus the last step's counts for the part not seen yet; or a counting pass first (twice the forward work)."""
+    """Global scope with several micro-batches: counts so far (the paper's buffer); those plus the last step's counts for the part
+    not seen yet; or a counting pass first (twice the forward work)."""
     carry: float = 1.0
     """Weight of the last step's counts in `accumulation = "prior"`; 0 gives `running`."""
     straggler_coeff: float = 0.0
-    """Coefficient of an additional micro-batch loss that evens out single micro-batches (about 1 % of aux_loss_coeff). It depends on the micro-batch by definition, so it is off by default."""
+    """Coefficient of an additional micro-batch loss that evens out single micro-batches (about 1 % of aux_loss_coeff). It depends
+    on the micro-batch by definition, so it is off by default."""
     z_loss_coeff: float = 0.0
     """Coefficient of the router z-loss, mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)."""
     expert_bias: bool = False
@@ -85,12 +145,10 @@ class BalanceConfig:
 
     def __post_init__(self) -> None:
         path = "model.moe.balance"
-        problems = [
-            Problem(f"{path}.{n}", f"is {getattr(self, n)}, but must not be negative")
-            for n in ("aux_loss_coeff", "straggler_coeff", "z_loss_coeff", "carry", "bias_update_rate")
-            if getattr(self, n) < 0 or not math.isfinite(getattr(self, n))
-        ]
-        raise_if(problems)
+        check_types(self, path)
+        raise_if(
+            not_negative(self, path, ["aux_loss_coeff", "straggler_coeff", "z_loss_coeff", "carry", "bias_update_rate"])
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +164,8 @@ class MoEConfig:
     num_shared_experts: int = 0
     """Experts that see every token; they act as one SwiGLU of width num_shared_experts * expert_dim."""
     capacity_factor: float | None = None
-    """None: dropless. Else each expert takes at most ceil(factor * K * S / E) tokens of a sequence with S valid tokens; the rest keep only their residual path."""
+    """None: dropless. Else each expert takes at most ceil(factor * K * S / E) tokens of a sequence with S valid tokens; the rest
+    keep only their residual path."""
     drop_policy: Literal["position", "probability"] = "position"
     """Who is kept over capacity: the first tokens of the sequence or those with the highest weight."""
     dispatcher: Literal["all_to_all"] = "all_to_all"
@@ -116,26 +175,24 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         path = "model.moe"
+        check_types(self, path)
         problems = positive(self, path, ["num_experts", "top_k", "expert_dim"])
         if self.num_shared_experts < 0:
             problems.append(Problem(f"{path}.num_shared_experts", f"is {self.num_shared_experts}, but must be >= 0"))
-        if self.capacity_factor is not None and not self.capacity_factor > 0:
-            problems.append(
-                Problem(
-                    f"{path}.capacity_factor",
-                    f"is {self.capacity_factor}: no token would reach an expert; use a positive factor, or leave it out for dropless",
-                )
-            )
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            reason = "leave it out for dropless" if self.capacity_factor == math.inf else _NO_CAPACITY
+            problems.append(Problem(f"{path}.capacity_factor", f"is {self.capacity_factor}: {reason}"))
         if self.top_k > self.num_experts > 0:
             problems.append(
                 Problem(f"{path}.top_k", f"is {self.top_k}, more than num_experts = {self.num_experts}")
             )
-        problems += self._router_problems(path)
+        problems += self._router_problems(path) if self.num_experts > 0 and self.top_k > 0 else []
         raise_if(problems)
 
     def _router_problems(self, path: str) -> list[Problem]:
         r, problems = self.router, []
-        if self.num_experts > 0 and self.num_experts % r.num_groups:
+        in_reach = r.top_groups * self.num_experts // r.num_groups
+        if self.num_experts % r.num_groups:
             legal = [g for g in range(1, self.num_experts + 1) if self.num_experts % g == 0]
             problems.append(
                 Problem(
@@ -143,18 +200,15 @@ class MoEConfig:
                     f"is {r.num_groups}, which does not divide num_experts = {self.num_experts}; legal: {legal}",
                 )
             )
-        elif self.top_k > r.top_groups * self.num_experts // r.num_groups:
+        elif in_reach < self.top_k <= self.num_experts:
             problems.append(
-                Problem(
-                    f"{path}.router.top_groups",
-                    f"leaves {r.top_groups * self.num_experts // r.num_groups} experts to choose from, fewer than top_k = {self.top_k}",
-                )
+                Problem(f"{path}.router.top_groups", f"leaves {in_reach} experts to choose from, fewer than top_k = {self.top_k}")
             )
         elif r.num_groups > 1 and r.group_score == "top2_sum" and self.num_experts // r.num_groups < 2:
             problems.append(
                 Problem(f"{path}.router.group_score", "is 'top2_sum', but groups hold one expert; use 'max'")
             )
-        if self.top_k == 1 and r.score == "softmax" and (r.order == "topk_softmax" or r.renormalize):
+        if self.top_k == 1 and (r.renormalize or r.order == "topk_softmax"):
             problems.append(
                 Problem(
                     f"{path}.router.renormalize",
@@ -199,9 +253,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         path = "model"
-        problems = positive(
-            self, path, ["dim", "num_layers", "num_heads", "vocab_size", "max_seq_len", "moe_every", "rope_theta", "norm_eps"]
-        )
+        check_types(self, path)
+        sizes = ["dim", "num_layers", "num_heads", "head_dim", "vocab_size", "max_seq_len", "moe_every", "dense_ffn_dim"]
+        problems = positive(self, path, [*sizes, "rope_theta", "norm_eps", "init_std"])
         problems += self._attention_problems(path) if not problems else []
         if not 0 <= self.dense_prefix_layers <= max(self.num_layers, 0):
             problems.append(
@@ -210,12 +264,10 @@ class ModelConfig:
                     f"is {self.dense_prefix_layers}, but must be between 0 and num_layers = {self.num_layers}",
                 )
             )
-        if not problems and not all(self.is_moe_layer(i) for i in range(self.num_layers)) and not self.dense_ffn_dim:
+        if not problems and self.dense_ffn_dim is None and len(self.moe_layers) < self.num_layers:
             problems.append(
                 Problem(f"{path}.dense_ffn_dim", "is not set, but some layers are dense; set the hidden width of their FFN")
             )
-        if self.dense_ffn_dim is not None and self.dense_ffn_dim <= 0:
-            problems.append(Problem(f"{path}.dense_ffn_dim", f"is {self.dense_ffn_dim}, but must be positive"))
         raise_if(problems)
 
     def _attention_problems(self, path: str) -> list[Problem]:
@@ -225,7 +277,8 @@ class ModelConfig:
                 Problem(f"{path}.num_heads", f"is {self.num_heads}, which does not divide dim = {self.dim}; set head_dim")
             )
         elif self.resolved_head_dim % 2:
-            problems.append(Problem(f"{path}.head_dim", f"is {self.resolved_head_dim}, but rotary embedding needs an even number"))
+            what = f"is {self.resolved_head_dim}, but rotary embedding needs an even number"
+            problems.append(Problem(f"{path}.head_dim", what))
         if self.resolved_kv_heads <= 0 or self.num_heads % self.resolved_kv_heads:
             problems.append(
                 Problem(f"{path}.num_kv_heads", f"is {self.num_kv_heads}, which does not divide num_heads = {self.num_heads}")
@@ -234,7 +287,7 @@ class ModelConfig:
 
     @property
     def resolved_head_dim(self) -> int:
-        return self.head_dim or self.dim // self.num_heads
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def resolved_kv_heads(self) -> int:
@@ -250,8 +303,6 @@ class ModelConfig:
         """Indices of the MoE layers."""
         return tuple(i for i in range(self.num_layers) if self.is_moe_layer(i))
 
-    # --- sizes, by the usual conventions -------------------------------------------------------------------
-
     def _layer_params(self, index: int, experts: int) -> int:
         d, hd = self.dim, self.resolved_head_dim
         q, kv = self.num_heads * hd, self.resolved_kv_heads * hd
@@ -260,7 +311,8 @@ class ModelConfig:
         if not self.is_moe_layer(index):
             return attention + norms + 3 * d * (self.dense_ffn_dim or 0)
         assert self.moe is not None
-        return attention + norms + d * self.moe.num_experts + 3 * d * self.moe.expert_dim * (experts + self.moe.num_shared_experts)
+        router, expert = d * self.moe.num_experts, 3 * d * self.moe.expert_dim
+        return attention + norms + router + expert * (experts + self.moe.num_shared_experts)
 
     def _params(self, experts: int) -> int:
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
@@ -268,12 +320,13 @@ class ModelConfig:
 
     @property
     def num_params(self) -> int:
-        """All trained parameters: embedding, head (once if tied), norms, routers and every expert. Expert biases are not trained."""
+        """All trained parameters: embedding, head (once if tied), norms, routers, every expert. Expert biases are not trained."""
         return self._params(self.moe.num_experts if self.moe else 0)
 
     @property
     def num_active_params(self) -> int:
-        """Parameters one token passes through: as `num_params`, with top_k of the routed experts per MoE layer. Embedding and head included."""
+        """Parameters one token passes through: as `num_params`, with top_k of the routed experts per MoE layer. Embedding and head
+        included."""
         return self._params(self.moe.top_k if self.moe else 0)
 
     def flops_per_token(self, seq_len: int) -> float:

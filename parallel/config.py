@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..moe.config import positive, raise_if
-from ..moe.errors import Problem
+from ..moe.config import check_types, positive, raise_if
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +31,5 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         path = "parallel"
-        problems = positive(self, path, ["hsdp", "tp", "ep", "etp", "timeout_s"])
-        for name in ("dp", "micro_batch"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                problems.append(Problem(f"{path}.{name}", f"is {value}, but must be positive, or left out"))
-        raise_if(problems)
+        check_types(self, path)
+        raise_if(positive(self, path, ["dp", "hsdp", "tp", "ep", "etp", "micro_batch", "timeout_s"]))

@@ -59,7 +59,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; the same on every rank except for the times."""
+    """What a step did; the same on every rank except for the times. vote: whether any rank voted to stop after this step."""
 
     loss: float
     grad_norm: float
@@ -67,6 +67,7 @@ class StepResult:
     stats: StepStats
     model_s: float
     optimizer_s: float
+    vote: bool = False
 
 
 class Engine:
@@ -108,8 +109,10 @@ class Engine:
         self.balancer = Balancer(balance, self.layers[0].peers if self.layers else None)
         self.step = 0
 
-    def train_step(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
+    def train_step(self, batches: Sequence[MicroBatch], lr: float, *, vote: bool = False) -> StepResult:
         """Run the micro-batches (the same number on every rank) and update the weights once. Collective.
+
+        vote: whether this rank wants to stop; the result says whether any does, so that all stop after the same step.
 
         Raises:
             NumericsError: on every rank, before the update, when the loss or a gradient is not finite anywhere.
@@ -123,13 +126,13 @@ class Engine:
             self._forward_backward(batch, tokens, sums)
         complete_gradients(self.parameters, self.mesh)
         norm = gradient_norm(self.parameters, self.mesh)
-        stats = sums.reduce(tokens)
+        stats = sums.reduce(tokens, vote)
         loss, grad_norm = stats.loss, float(norm)
         if not (abs(loss) < float("inf") and grad_norm < float("inf")):
             self._raise_not_finite(batches, sums, loss, grad_norm)
         model_s = time.perf_counter() - start_s
         self._update(norm, lr, stats)
-        return StepResult(loss, grad_norm, tokens, stats, model_s, time.perf_counter() - start_s - model_s)
+        return StepResult(loss, grad_norm, tokens, stats, model_s, time.perf_counter() - start_s - model_s, stats.vote)
 
     def _forward_backward(self, batch: MicroBatch, tokens: int, sums: StepSums) -> None:
         terms: list[Tensor] = []

@@ -19,6 +19,7 @@ from ..moe.balance import balance_value
 from ..moe.config import ModelConfig
 from ..moe.load import Aux
 from ..moe.model import Model
+from .apply import moe_layers
 from .engine import Engine, MicroBatch, OptimizerSettings
 from .mesh import build_mesh
 from .sharding import ShardedParameter
@@ -33,6 +34,7 @@ class ParityCase:
 
     num_micro: micro-batches per step. valid_share: share of positions that count (1 = all); which ones differs between sequences,
     so that ranks hold unequal numbers. Micro-batch m of a step takes rows [m, m + 1) * global_batch / num_micro, data ranks split it.
+    start_bias: selection bias of every layer's experts before the first step, for models that have one; empty = zeros.
     """
 
     model: ModelConfig
@@ -45,6 +47,7 @@ class ParityCase:
     precision: str = "fp64"
     lr: float = 1e-2
     seed: int = 0
+    start_bias: tuple[float, ...] = ()
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(grad_clip=1.0))
 
 
@@ -103,9 +106,10 @@ def run_reference(case: ParityCase, dp: int = 1) -> Trace:
     """The run on one process. `dp` only says how the batch is split where the loss depends on it by definition (scope `micro`)."""
     model = Model(case.model, seed=case.seed)
     model = model.double() if case.precision == "fp64" else model
-    for block in model.layers:
-        if block.moe is not None and block.moe.router.biased:
-            block.moe.router.expert_bias_E = block.moe.router.expert_bias_E.float()
+    for layer in moe_layers(model):
+        if layer.router.biased:
+            layer.router.expert_bias_E = layer.router.expert_bias_E.float()
+    _set_start_bias(case, model)
     named = dict(model.named_parameters())
     o = case.optimizer
     decayed = [p for n, p in named.items() if p.dim() > 1 and "router" not in n]
@@ -187,12 +191,17 @@ def _reference_aux(case: ParityCase, auxes: list[tuple[int, Aux]], tokens: int, 
 
 
 def _reference_bias(model: Model, counts_LE: Tensor | None) -> None:
-    layers = [block.moe for block in model.layers if block.moe is not None]
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(moe_layers(model)):
         if layer.router.biased and counts_LE is not None:
             load = counts_LE[index].double()
             moved = layer.router.expert_bias_E + layer.config.balance.bias_update_rate * torch.sign(load.mean() - load).float()
             layer.router.expert_bias_E.copy_(moved - moved.mean())
+
+
+def _set_start_bias(case: ParityCase, model: Model) -> None:
+    for layer in moe_layers(model):
+        if layer.router.biased and case.start_bias:
+            layer.router.expert_bias_E.copy_(torch.tensor(case.start_bias))
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -246,6 +255,7 @@ def run_layout(case: ParityCase, layout: dict[str, int], device: torch.device | 
         case.model, mesh, seed=case.seed, precision=case.precision, recompute=case.recompute, optimizer=case.optimizer
     )
     engine.recorded = []
+    _set_start_bias(case, engine.model)
     result = RankTrace(Trace())
     for step in range(case.steps):
         batch = make_batch(case, step)

@@ -20,7 +20,7 @@ class StepStats:
 
     loss: mean token loss. counts_LDE: choices per layer, domain and expert. balance_L: load-balancing loss, 1 at balance. z_L: mean
     router z. dropped_L: choices without a place. max_violation_micro_L: mean over micro-batches of the largest load ratio - 1.
-    logit_max: largest |router logit|.
+    logit_max: largest |router logit|. vote: whether any rank wants to stop.
     """
 
     loss: float
@@ -30,6 +30,7 @@ class StepStats:
     dropped_L: Tensor | None = None
     max_violation_micro_L: Tensor | None = None
     logit_max: float = 0.0
+    vote: bool = False
 
     @property
     def counts_LE(self) -> Tensor | None:
@@ -71,17 +72,19 @@ class StepSums:
             dist.all_reduce(counts_LE, group=self.mesh.tp_group)
         return load_stats(counts_LE).max_violation / self.mesh.topology.world
 
-    def reduce(self, tokens: int) -> StepStats:
+    def reduce(self, tokens: int, vote: bool = False) -> StepStats:
         """Statistics of the step of `tokens` valid tokens. Collective."""
         # every tensor-parallel rank knows the whole loss of its sequences
         flat = [self.loss[None] / self.mesh.topology.tp, *(x.flatten() for x in self.layers)]
         packed = torch.cat(flat)
+        largest = torch.stack([self.logit_max, torch.full_like(self.logit_max, float(vote))])
         if self.mesh.topology.world > 1:
             dist.all_reduce(packed, group=self.mesh.world_group)
-            dist.all_reduce(self.logit_max, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        logit_max, any_vote = largest.tolist()
         loss = float(packed[0]) / tokens
         if self.shape_LE is None:
-            return StepStats(loss)
+            return StepStats(loss, vote=bool(any_vote))
         L, E = self.shape_LE
         D = self.num_domains
         columns = packed[1:].view(L, -1).split([D * E, E, 1, 1, 1], dim=1)
@@ -93,5 +96,6 @@ class StepSums:
             z_L=columns[2][:, 0] / tokens,
             dropped_L=columns[3][:, 0].round().to(torch.int64),
             max_violation_micro_L=columns[4][:, 0] / self.micros,
-            logit_max=float(self.logit_max),
+            logit_max=logit_max,
+            vote=bool(any_vote),
         )

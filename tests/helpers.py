@@ -4,7 +4,7 @@ Everywhere a case is `fn(rank, world_size, *args)`; `torch.distributed` is initi
 its return values come back as a list in the order of ranks. A rank that fails raises `RankError` in the test.
 
 Which one: `run_threads` for wide tables (milliseconds; no send/recv, one shared random state); `GlooPool` (fixture `gloo_pool`)
-for real processes at about ten milliseconds a case; `run_ranks` where a case needs fresh processes or a function that
+for real processes at tens of milliseconds a case; `run_ranks` where a case needs fresh processes or a function that
 is not at module level.
 """
 

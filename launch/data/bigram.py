@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .indexed import TokenSlice
-from .loader import Data
 from .tokenizer import ByteTokenizer, Tokenizer
+
+if TYPE_CHECKING:  # the loader needs torch, a bigram does not
+    from .loader import Data
 
 SYMBOLS = 257
 END = 256

@@ -147,15 +147,25 @@ def _tokenise(
         "source": source.domain,
         "tokenizer": tokenizer.name,
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    _write_json(folder / "meta.json", meta)
     return split.empty
 
 
+def _write_json(path: Path, value: object) -> None:
+    """Under its name only when complete, also after a power cut."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
 def _tail(stream: IndexedTokens, holdout: float) -> int:
-    """Where the held-out end of a stream begins: at a document's start if that changes the share by less than half."""
+    """Where the held-out end of a stream begins: at a document's start if that changes neither side by more than half."""
     cut = round(len(stream) * (1 - holdout))
     near = stream.nearest_start(cut)
-    if abs(near - cut) <= (len(stream) - cut) / 2:
+    if abs(near - cut) <= min(cut, len(stream) - cut) / 2:
         cut = near
     return min(max(cut, 1), len(stream))
 
@@ -227,9 +237,7 @@ def _scan_ids(stream: IndexedTokens, note: Path, progress: Progress) -> tuple[in
         ids = stream.read(at, min(SCAN_TOKENS, len(stream) - at))
         low, high = min(low, int(ids.min())), max(high, int(ids.max()))
     note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps([low, high]), encoding="utf-8")
-    os.replace(temporary, note)
+    _write_json(note, [low, high])
     return low, high
 
 

@@ -217,16 +217,17 @@ def _jsonl_documents(files: list[File], field: str, problems: Problems) -> Itera
                 yield Document(text, iter([text]))
 
 
-def _docstrings(file: File) -> str:
+def _docstrings(file: File) -> Iterator[str]:
+    """The docstrings of a module as one piece; a generator, so that a file is parsed only when it is read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules are not this user's concern
         try:
             tree = ast.parse(Path(file.path).read_bytes())
         except (SyntaxError, ValueError):
-            return ""  # code for another Python (a template or a site file) has no docstrings to read
+            return  # code for another Python (a template or a site file) has no docstrings to read
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-    return "\n\n".join(d for d in found if d)
+    yield "\n\n".join(d for d in found if d)
 
 
 def _docs_documents(files: list[File], problems: Problems) -> Iterator[Document]:
@@ -245,7 +246,7 @@ def _docs_documents(files: list[File], problems: Problems) -> Iterator[Document]
     for name in sorted(topics):
         yield Document(f"topics/{name}", iter([topics[name]]))
     for file in files:
-        yield Document(file.name, iter([_docstrings(file)]))
+        yield Document(file.name, _docstrings(file))
 
 
 def read_documents(source: SourceConfig, files: list[File], problems: Problems) -> Iterator[Document]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,15 +33,13 @@ def module_state(tree: ast.Module) -> list[str]:
     return found
 
 
-def _module_level(tree: ast.Module) -> list[ast.stmt]:
+def _module_level(node: ast.AST) -> Iterator[ast.stmt]:
     """Statements that run at import, those under if, try, with and for included."""
-    todo, found = list(tree.body), []
-    while todo:
-        node = todo.pop(0)
-        found.append(node)
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            todo += [child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node]
-    return found
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if isinstance(child, ast.stmt):
+                yield child
+            yield from _module_level(child)
 
 
 def _is_mutable(value: ast.expr) -> bool:
@@ -74,11 +73,13 @@ def test_no_module_state(path: Path) -> None:
         ("from collections import defaultdict\nseen = defaultdict(int)", True),
         ("squares = [i * i for i in range(3)]", True),
         ("if True:\n    cache = {}", True),
+        ("try:\n    import a\nexcept ImportError:\n    found = []", True),
         ("x = None\ndef f():\n    global x\n    x = 1", True),
         ("__all__ = ['a']", False),
         ("NAMES = ('a', 'b')", False),
         ("MAP = MappingProxyType({'a': 1})", False),
         ("BOTH = frozenset({'a'})", False),
+        ("if True:\n    def f():\n        local = {}", False),
         ("def f():\n    local = {}\n    return local", False),
     ],
 )

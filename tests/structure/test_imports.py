@@ -28,38 +28,37 @@ WITHOUT_TORCH = (
 )
 
 
-def imported(tree: ast.Module, path: Path) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of every import, with relative ones resolved inside moefold."""
+def imported(tree: ast.Module, path: Path) -> Iterator[tuple[int, str, bool]]:
+    """(line, absolute dotted name, was it relative) of every import, with relative ones resolved inside moefold."""
     package = ["moefold", *path.parent.parts]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            yield from ((node.lineno, alias.name, False) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+            yield from ((node.lineno, f"{module}.{alias.name}", node.level > 0) for alias in node.names)
 
 
 def upward_imports(tree: ast.Module, path: Path) -> list[str]:
     """Imports of this file that go against the direction, each with the reason."""
     room, found = path.parts[0], []
-    for line, name in imported(tree, path):
+    for line, name, relative in imported(tree, path):
         parts = name.split(".")
-        if parts[0] == "moefold" and (len(parts) < 2 or parts[1] not in ROOMS):
+        if parts[0] in ("moefold", "tests", "bench", *ROOMS) and not relative:
+            found.append(f"{path}:{line} imports {name}: import relatively inside the package")
+        elif name == "moefold.__version__" and room == "launch":
+            continue  # the one thing that the public face defines itself
+        elif parts[0] == "moefold" and (len(parts) < 2 or parts[1] not in ROOMS):
             found.append(f"{path}:{line} imports {name}: product code imports only from {', '.join(ROOMS)}")
         elif parts[0] == "moefold" and ROOMS.index(parts[1]) > ROOMS.index(room):
             found.append(f"{path}:{line} imports {name}: {room} may not import {parts[1]}; direction is {' <- '.join(ROOMS)}")
-        elif parts[0] in ("tests", "bench", *ROOMS):
-            found.append(f"{path}:{line} imports {name}: import relatively inside the package")
-    absolute = [
-        n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level and str(n.module).split(".")[0] == "moefold"
-    ]
-    return found + [f"{path}:{n.lineno} imports from {n.module}: import relatively inside the package" for n in absolute]
+    return found
 
 
 def distributed_uses(tree: ast.Module, path: Path) -> list[str]:
     """Imports of torch.distributed and uses of it as an attribute of torch."""
-    lines = [line for line, name in imported(tree, path) if f"{name}.".startswith("torch.distributed.")]
+    lines = [line for line, name, _ in imported(tree, path) if f"{name}.".startswith("torch.distributed.")]
     lines += [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n) == "torch.distributed"]
     return [f"{path}:{line} uses torch.distributed; ranks come in through a Dispatcher or a Peers object" for line in lines]
 
@@ -67,10 +66,8 @@ def distributed_uses(tree: ast.Module, path: Path) -> list[str]:
 def environment_reads(tree: ast.Module, path: Path) -> list[str]:
     names = ("os.environ", "os.getenv", "os.environb")
     lines = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n) in names]
-    lines += [line for line, name in imported(tree, path) if name in names]
-    return [
-        f"{path}:{line} reads the environment; what a function needs is a parameter, and launch fills it in" for line in lines
-    ]
+    lines += [line for line, name, _ in imported(tree, path) if name in names]
+    return [f"{path}:{line} reads the environment; a parameter that launch fills in says what a function needs" for line in lines]
 
 
 @pytest.mark.parametrize("path", [p for p in product_files() if len(p.parts) > 1], ids=str)
@@ -95,11 +92,12 @@ def test_no_environment_below_launch(path: Path) -> None:
         ("from .. import launch", "moe/layer.py", True),
         ("from ...moe import config", "kernels/permute/op.py", True),
         ("from ..bench import run", "launch/cli.py", True),
-        ("from .. import __version__", "launch/cli.py", True),
+        ("from .. import MoELayer", "launch/cli.py", True),
         ("import moefold", "launch/cli.py", True),
         ("from moefold.moe import config", "launch/cli.py", True),
         ("from kernels import permute", "moe/layer.py", True),
         ("def f():\n    from ..launch import cli", "parallel/mesh.py", True),
+        ("from .. import __version__", "launch/cli.py", False),
         ("from ..kernels import permute\nfrom . import config\nimport torch", "moe/layer.py", False),
         ("from ..moe.config import MoEConfig\nfrom ..kernels.permute import permute", "launch/cli.py", False),
     ],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moefold.launch.data.blend import Blend, make_key, period_counts, permute_index
 from moefold.moe.errors import DataError
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from moefold.launch.data.indexed import HEADER, MAGIC, IndexedTokens, IndexedWriter, TokenSlice
 from moefold.moe.errors import DataError
 
@@ -150,8 +151,14 @@ DAMAGE = {
     "truncated index": (lambda p: cut(p + ".idx", 100), r"expected 122 bytes for 4 sequences and 5 document marks, found 100"),
     "modes": (lambda p: patch(p + ".idx", 122, b"\0" * 4), "multimodal"),
     "trailing bytes": (lambda p: patch(p + ".idx", 122, b"\0" * 9), "expected 122 bytes, found 131"),
-    "negative length": (lambda p: patch(p + ".idx", SIZES + 4, struct.pack("<i", -1)), "sequence 1: expected a length of 0 or more, found -1"),
-    "pointer": (lambda p: patch(p + ".idx", POINTERS + 16, struct.pack("<q", 6)), "sequence 2: expected byte offset 8 .* found 6"),
+    "negative length": (
+        lambda p: patch(p + ".idx", SIZES + 4, struct.pack("<i", -1)),
+        "sequence 1: expected a length of 0 or more, found -1",
+    ),
+    "pointer": (
+        lambda p: patch(p + ".idx", POINTERS + 16, struct.pack("<q", 6)),
+        "sequence 2: expected byte offset 8 .* found 6",
+    ),
     "last mark": (lambda p: patch(p + ".idx", MARKS + 32, struct.pack("<q", 9)), "document marks from 0 to 4, found 0 to 9"),
     "mark order": (lambda p: patch(p + ".idx", MARKS + 16, struct.pack("<q", 0)), "document mark 2: expected 1 or more, found 0"),
     "short bin": (lambda p: cut(p + ".bin", 18), r"x\.bin: expected 20 bytes, .* found 18"),

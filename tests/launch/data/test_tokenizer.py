@@ -1,31 +1,33 @@
 """Tokenizers: ids and text go both ways, and whatever cannot work is named."""
 
+import shutil
 import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from moefold.launch.data.tokenizer import ByteTokenizer, load_tokenizer
 from moefold.moe.errors import DataError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TEXTS = ["def f(x):\n    return x + 1\n", "grüße, 世界 🌍", "for i in range(10): print(i)"]
 
 
-def write_bpe(path, special=("<|endoftext|>",), vocab_size=400, **settings):
+def write_bpe(path, special=("<|endoftext|>",), truncation=None):
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=400,
         special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(TEXTS * 20, trainer)
-    if settings.get("truncation"):
-        backend.enable_truncation(settings["truncation"])
+    if truncation:
+        backend.enable_truncation(truncation)
     backend.save(str(path))
     return str(path)
 
@@ -86,8 +88,8 @@ def test_truncation_in_the_file_does_not_cut_documents(tmp_path):
 
 def test_fingerprint_follows_the_content(tmp_path):
     one = load_tokenizer(write_bpe(tmp_path / "a.json")).fingerprint
-    same = load_tokenizer(write_bpe(tmp_path / "b.json")).fingerprint
-    other = load_tokenizer(write_bpe(tmp_path / "c.json", vocab_size=350)).fingerprint
+    same = load_tokenizer(str(shutil.copy(tmp_path / "a.json", tmp_path / "b.json"))).fingerprint
+    other = load_tokenizer(write_bpe(tmp_path / "c.json", special=("</s>",))).fingerprint
     assert one == same != other != ByteTokenizer().fingerprint
 
 
@@ -104,7 +106,7 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize("content", [b"{}", b"not json", b"\xff\xfe\x00"], ids=["no model", "text", "binary"])
 def test_unreadable_file(tmp_path, content):
     (tmp_path / "t.json").write_bytes(content)
-    with pytest.raises(DataError, match="not a readable tokenizer.json"):
+    with pytest.raises(DataError, match=r"not a readable tokenizer\.json"):
         load_tokenizer(str(tmp_path / "t.json"))
 
 

@@ -1,0 +1,374 @@
+"""The command `moefold`: verbs, their help, exit codes. Each verb is a thin wrapper of a function. Imports no torch.
+
+Options of a verb have no dot (`--dry-run`); whatever has one (`--train.lr 3e-4`) is a setting, checked by `launch/config.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from ..moe.errors import ConfigError, MoefoldError, Problem
+
+Flags = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One word after `moefold`."""
+
+    summary: str
+    examples: tuple[str, ...]
+    common: tuple[tuple[str, str], ...]
+    """Settings that are used most with this verb, and what they do."""
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Flags], int]
+    settings: bool = True
+    """Whether the verb takes dotted settings."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Help that begins with examples, and ends with the way to every setting."""
+
+    def __init__(self, name: str, verb: Verb):
+        super().__init__(prog=f"moefold {name}", allow_abbrev=False, add_help=False)
+        self.verb = verb
+        verb.options(self)
+        self.add_argument("-h", "--help", action="store_true", help="show this text")
+
+    def format_help(self) -> str:
+        lines = [f"{self.prog}: {self.verb.summary}", "", "examples:", *(f"  {line}" for line in self.verb.examples), ""]
+        lines += [super().format_help()]
+        if self.verb.common:
+            width = max(len(name) for name, _ in self.verb.common)
+            lines += ["most used settings:", *(f"  {name:{width}}  {text}" for name, text in self.verb.common), ""]
+        if self.verb.settings:
+            lines += ["all settings: moefold config show"]
+        return "\n".join(lines).rstrip() + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0 ok, 1 crash, 2 usage or configuration, 3 data, checkpoint or run directory,
+    4 numerics, 5 communication, 6 out of memory, 75 pre-empted after saving, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args:
+        print(_overview(), file=sys.stderr)
+        return 2
+    name, *rest = args
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        from .. import __version__
+
+        print(f"moefold {__version__}")
+        return 0
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"verbs: {', '.join(VERBS)}"
+        print(f"moefold: no verb '{name}'; {hint}", file=sys.stderr)
+        return 2
+    return _guarded(name, rest)
+
+
+def _guarded(name: str, args: list[str]) -> int:
+    """Run a verb; errors that a user can cause are told without a traceback."""
+    try:
+        parser = _Parser(name, VERBS[name])
+        options, flags = _parse(parser, args)
+        if options.help:
+            print(parser.format_help(), end="")
+            return 0
+        return VERBS[name].run(options, flags)
+    except MoefoldError as error:
+        rank = os.environ.get("RANK", "0")
+        # Every rank reads the same configuration; one of them says what is wrong with it.
+        if rank == "0" or not isinstance(error, ConfigError):
+            print(f"{'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wanted; Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 2
+    except Exception as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"out of memory: {error}", file=sys.stderr)
+        return 6
+
+
+def _parse(parser: _Parser, args: list[str]) -> tuple[argparse.Namespace, Flags]:
+    plain, dotted = split_settings(args)
+    if "-h" in plain or "--help" in plain:
+        return argparse.Namespace(help=True), {}
+    options, unknown = parser.parse_known_intermixed_args(plain)
+    if dotted and not parser.verb.settings:
+        raise ConfigError(
+            [Problem(word, f"is a setting, but `{parser.prog}` takes none") for word in dotted if word.startswith("--")]
+        )
+    if unknown:
+        # Words after an unknown option are most likely its value.
+        words = [word for word in unknown if word.startswith("-")] or unknown
+        raise ConfigError([Problem(word, f"unknown option; {_option_hint(parser, word)}") for word in words])
+    if not dotted:
+        return options, {}
+    from .config import parse_overrides
+
+    return options, parse_overrides(dotted)
+
+
+def split_settings(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options and positional words of a verb, and its dotted settings with their values."""
+    plain: list[str] = []
+    dotted: list[str] = []
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        if not name.startswith("--") or "." not in name:
+            plain.append(word)
+            continue
+        dotted.append(word)
+        if not equals and words and not words[0].startswith("--"):
+            dotted.append(words.pop(0))
+    return plain, dotted
+
+
+def _option_hint(parser: argparse.ArgumentParser, word: str) -> str:
+    from .schema import settings
+
+    name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+    paths = [f"--{s.path}" for s in settings() if s.path.rsplit(".", 1)[-1] == name and "[]" not in s.path]
+    near = difflib.get_close_matches(word, list(parser._option_string_actions), n=1, cutoff=0.7)
+    return f"did you mean {' or '.join([*near, *paths])}?" if near or paths else f"see {parser.prog} --help"
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = ["moefold: distributed Mixture-of-Experts training", "", "examples:"]
+    lines += [f"  {VERBS[name].examples[0]}" for name in ("config", "pretrain")]
+    lines += ["", "verbs:", *(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items())]
+    return "\n".join([*lines, "", "moefold VERB --help says more; all settings: moefold config show"])
+
+
+def _files(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
+    parser.add_argument(
+        "files", nargs=nargs, metavar="FILE", help="TOML files, merged left to right; or a shipped name: quickstart"
+    )
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _pretrain(options: argparse.Namespace, flags: Flags) -> int:
+    from .config import load
+
+    loaded = load(*options.files, flags=flags)
+    from .pretrain import pretrain
+
+    def start() -> int:
+        return pretrain(loaded.config, origins=dict(loaded.origins)).exit_code
+
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        # Under torchrun: the first failing worker's traceback is then shown in the launcher's summary.
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        return record(start)() or 0
+    return start()
+
+
+def _parity_options(parser: argparse.ArgumentParser) -> None:
+    _files(parser)
+    parser.add_argument(
+        "--world", type=int, default=4, metavar="N", help="ranks to compare with one process (default: %(default)s)"
+    )
+    _json(parser)
+
+
+def _parity(options: argparse.Namespace, flags: Flags) -> int:
+    from .config import check_world, load
+
+    loaded = load(*options.files, flags=flags)
+    check_world(loaded, options.world)
+    from .parity import parity
+
+    result = parity(loaded.config, options.world)
+    if options.json:
+        _print_json(result.to_dict())
+    else:
+        print(result.render())
+    return result.exit_code
+
+
+def _launch_options(parser: argparse.ArgumentParser) -> None:
+    _files(parser)
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="number of nodes")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="workers per node (default: %(default)s)")
+    parser.add_argument("--slurm", action="store_true", help="write an sbatch file and submit it")
+    parser.add_argument("--dry-run", action="store_true", help="print the scripts, write and submit nothing")
+    parser.add_argument("--time", default="4:00:00", help="Slurm time limit (default: %(default)s)")
+    parser.add_argument("--partition", help="Slurm partition")
+    parser.add_argument("--account", help="Slurm account")
+    parser.add_argument("--rdzv-host", metavar="HOST[:PORT]", help="first node, where the others meet it (without --slurm)")
+    _json(parser)
+
+
+def _launch(options: argparse.Namespace, flags: Flags) -> int:
+    from .slurm import Job, launch
+
+    names = ("nodes", "gpus_per_node", "slurm", "time", "partition", "account", "rdzv_host")
+    job = Job(**{name: getattr(options, name) for name in names})
+    done = launch(*options.files, job=job, dry_run=options.dry_run, flags=flags)
+    if options.json:
+        _print_json(done.to_dict())
+    else:
+        print(done.render())
+    return 0
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories; several are compared")
+    parser.add_argument("--out", metavar="FILE", help="HTML file (default: report.html in the run directory)")
+
+
+def _report(options: argparse.Namespace, flags: Flags) -> int:
+    from .report import report
+
+    print(report(*options.runs, out=options.out).path)
+    return 0
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["show", "check"], help="show every value and its origin, or validate")
+    _files(parser, "*")
+    parser.add_argument("--world", type=int, metavar="N", help="check: also lay the run out on N ranks")
+    _json(parser)
+
+
+def _config(options: argparse.Namespace, flags: Flags) -> int:
+    if options.action == "check":
+        return _config_check(options, flags)
+    from .config import flatten, load
+    from .schema import settings
+    from .show import show
+
+    if not options.files and not flags:
+        if options.json:
+            _print_json([vars(setting) for setting in settings()])
+        else:
+            print("\n".join(f"{s.path} = {s.default}  # {s.type}{f'. {s.doc}' if s.doc else ''}" for s in settings()))
+        return 0
+    loaded = load(*options.files, flags=flags)
+    if options.json:
+        values = flatten(loaded.config).items()
+        _print_json({path: {"value": value, "origin": loaded.origins[path]} for path, value in values})
+    else:
+        print(show(loaded))
+    return 0
+
+
+def _config_check(options: argparse.Namespace, flags: Flags) -> int:
+    from .config import check_world, load
+
+    try:
+        loaded = load(*options.files, flags=flags)
+        topology = check_world(loaded, options.world) if options.world is not None else None
+    except ConfigError as error:
+        if not options.json:
+            raise
+        _print_json({"ok": False, "problems": [vars(problem) for problem in error.problems]})
+        return error.exit_code
+    config = loaded.config
+    facts: dict[str, Any] = {
+        "params": config.model.num_params,
+        "active_params": config.model.num_active_params,
+        "tokens_per_step": config.train.global_batch * config.data.seq_len,
+        "steps": config.train.total_steps(config.data.seq_len),
+    }
+    if options.json:
+        _print_json({"ok": True, "problems": [], **facts, "topology": topology.to_dict() if topology else None})
+        return 0
+    print(f"ok: {', '.join(options.files) or 'settings'}")
+    print(f"  parameters  {facts['params']:,}, of which a token uses {facts['active_params']:,}")
+    tokens = facts["steps"] * facts["tokens_per_step"]
+    print(f"  training    {facts['steps']:,} steps of {facts['tokens_per_step']:,} tokens = {tokens:,} tokens")
+    if topology:
+        print("\n".join(f"  {line}" for line in str(topology).splitlines()))
+    return 0
+
+
+_TRAINING = (
+    ("--train.steps N", "optimizer steps (or --train.tokens N)"),
+    ("--train.lr X", "peak learning rate"),
+    ("--parallel.ep N", "expert-parallel ranks"),
+    ("--checkpoint.resume WHAT", "auto, must, never, or the path of a checkpoint"),
+    ("--run.dir DIR", "exact run directory, to continue a run"),
+)
+
+VERBS: Mapping[str, Verb] = MappingProxyType(
+    {
+        "pretrain": Verb(
+            "train a model; under torchrun on all its ranks, alone in one process",
+            (
+                "torchrun --nproc-per-node 4 -m moefold.launch.cli pretrain quickstart",
+                "moefold pretrain quickstart --parallel.dp 1 --parallel.hsdp 1 --parallel.ep 1 --train.steps 50",
+            ),
+            _TRAINING,
+            _files,
+            _pretrain,
+        ),
+        "parity": Verb(
+            "show that a layout gives the loss, gradients and updates of one process",
+            ("moefold parity quickstart --world 4", "moefold parity quickstart --world 4 --parallel.ep 4 --json"),
+            (("--parallel.ep N", "expert-parallel ranks"), ("--parallel.tp N", "tensor-parallel ranks")),
+            _parity_options,
+            _parity,
+        ),
+        "launch": Verb(
+            "write the scripts of a multi-node run, and submit them to Slurm",
+            (
+                "moefold launch quickstart --nodes 2 --gpus-per-node 2 --rdzv-host node1 --dry-run",
+                "moefold launch quickstart --nodes 2 --gpus-per-node 2 --slurm --time 1:00:00 --dry-run",
+            ),
+            (("--run.dir DIR", "continue the run of this directory"), ("--run.root DIR", "folder for new run directories")),
+            _launch_options,
+            _launch,
+        ),
+        "report": Verb(
+            "write one HTML file about a run, or about several over one another",
+            ("moefold report runs/quickstart-20260801-120000", "moefold report runs/a runs/b --out comparison.html"),
+            (),
+            _report_options,
+            _report,
+            settings=False,
+        ),
+        "config": Verb(
+            "show every setting with its origin, or check a configuration",
+            ("moefold config show quickstart --train.lr 3e-4", "moefold config check quickstart --world 4"),
+            (),
+            _config_options,
+            _config,
+        ),
+    }
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The training loop: one file, readable from top to bottom."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..moe.stats import drop_fraction, load_ratio, load_stats
+from ..parallel.engine import Engine, MicroBatch, StepResult
+from ..parallel.optimizer import learning_rate
+from .checkpoint import Checkpointer, parameter_shapes
+from .data.loader import Data, Prefetcher
+from .evaluate import Evaluation, evaluate, micro_batch
+from .metrics import Sinks
+from .process import StopRequest
+from .settings import RunConfig
+
+
+@dataclass
+class Times:
+    """Seconds since the last metric line, by where they went; `steps` says over how many steps."""
+
+    steps: int = 0
+    step: float = 0.0
+    data: float = 0.0
+    optimizer: float = 0.0
+    checkpoint: float = 0.0
+    log: float = 0.0
+
+    def metrics(self) -> dict[str, float]:
+        n = max(1, self.steps)
+        names = (
+            ("perf/step_s", self.step),
+            ("perf/data_wait_s", self.data),
+            ("perf/optimizer_s", self.optimizer),
+            ("perf/checkpoint_s", self.checkpoint),
+            ("perf/log_s", self.log),
+        )
+        return {name: total / n for name, total in names}
+
+
+@dataclass
+class Trainer:
+    """Everything the loop works with. `meta` is written into every checkpoint."""
+
+    config: RunConfig
+    engine: Engine
+    data: Data
+    checkpointer: Checkpointer
+    sinks: Sinks
+    stop: StopRequest
+    meta: Mapping[str, Any]
+    tokens: int = 0
+    times: Times = field(default_factory=Times)
+    after_step: Callable[[Trainer, StepResult], None] | None = None
+
+    def run(self) -> Evaluation | None:
+        """Train from the engine's step to the end; returns the last evaluation, or None when stopped early or without one."""
+        c = self.config
+        total = c.train.total_steps(c.data.seq_len)
+        with Prefetcher(self.load, self.engine.step, total) as batches:
+            while self.engine.step < total:
+                result = self.train_step(batches, total)
+                step = self.engine.step
+                if step % c.log.every == 0 or step == total:
+                    self.log(result)
+                if self.after_step is not None:
+                    self.after_step(self, result)
+                if result.vote:
+                    self.save()
+                    return None
+                if c.checkpoint.every and step % c.checkpoint.every == 0 and step < total:
+                    self.save()
+                if c.train.eval_every and step % c.train.eval_every == 0 and step < total:
+                    self.evaluate()
+        self.save()
+        return self.evaluate()
+
+    def load(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step; runs in the prefetch thread."""
+        c, mesh = self.config, self.engine.mesh
+        rows, micros = self.micro_rows
+        share = c.train.global_batch // micros
+        starts = [m * share + mesh.coordinates.dp * rows for m in range(micros)]
+        return [micro_batch(self.data.train.batch(step, range(lo, lo + rows)), mesh.device) for lo in starts]
+
+    @property
+    def micro_rows(self) -> tuple[int, int]:
+        """Sequences per rank and forward pass, and micro-batches per step."""
+        per_rank = self.config.train.global_batch // self.engine.mesh.topology.dp
+        rows = self.config.parallel.micro_batch or per_rank
+        return rows, per_rank // rows
+
+    def train_step(self, batches: Prefetcher[list[MicroBatch]], total: int) -> StepResult:
+        """Get data, update once, account for the time."""
+        t, c = self.config.train, self.times
+        start_s = time.perf_counter()
+        batch = next(batches)
+        c.data += time.perf_counter() - start_s
+        lr = learning_rate(
+            self.engine.step,
+            peak=t.lr,
+            total_steps=total,
+            schedule=t.schedule,
+            warmup_steps=t.warmup_steps,
+            decay_steps=t.decay_steps,
+            min_ratio=t.min_lr_ratio,
+        )
+        result = self.engine.train_step(batch, lr, vote=self.stop.signal is not None)
+        self.tokens += result.tokens
+        c.optimizer += result.optimizer_s
+        c.step += time.perf_counter() - start_s
+        c.steps += 1
+        self.last_lr = lr
+        return result
+
+    def log(self, result: StepResult) -> None:
+        """One metric record."""
+        start_s = time.perf_counter()
+        values = {
+            "train/loss": result.loss,
+            "train/grad_norm": result.grad_norm,
+            "train/lr": self.last_lr,
+            "train/tokens": self.tokens,
+            **self.times.metrics(),
+            **self._throughput(result),
+            **load_metrics(result, self.engine, self.data.domains),
+            "mem/peak_gib": self._peak_memory_gib(),
+        }
+        self.sinks.write("step", self.engine.step, values)
+        self.times = Times(log=time.perf_counter() - start_s)
+
+    def _throughput(self, result: StepResult) -> dict[str, float]:
+        step_s = self.times.step / max(1, self.times.steps)
+        world = self.engine.mesh.topology.world
+        rate = result.tokens / step_s
+        flops = self.config.model.flops_per_token(self.config.data.seq_len) * rate / world
+        return {"perf/tokens_per_s": rate, "perf/tokens_per_s_gpu": rate / world, "perf/tflops_gpu": flops / 1e12}
+
+    def _peak_memory_gib(self) -> float:
+        device = self.engine.mesh.device
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        gib = torch.tensor(peak / 2**30, dtype=torch.float64, device=device)
+        if self.engine.mesh.topology.world > 1:
+            dist.all_reduce(gib, op=dist.ReduceOp.MAX, group=self.engine.mesh.world_group)
+        return float(gib)
+
+    def save(self) -> None:
+        """Start a checkpoint of the current step."""
+        start_s = time.perf_counter()
+        meta = {**self.meta, "tokens": self.tokens, "shapes": parameter_shapes(self.engine)}
+        self.checkpointer.save(self.engine, meta)
+        self.times.checkpoint += time.perf_counter() - start_s
+
+    def evaluate(self) -> Evaluation | None:
+        """Evaluate on held-out text, if there is any, and record it."""
+        if self.data.evaluation is None:
+            return None
+        result = evaluate(self.engine, self.data, self.micro_rows[0])
+        self.sinks.write("eval", self.engine.step, result.metrics())
+        return result
+
+
+def load_metrics(result: StepResult, engine: Engine, domains: tuple[str, ...]) -> dict[str, Any]:
+    """The `moe/` metrics of a step; empty for a dense model."""
+    s = result.stats
+    if s.counts_LDE is None or s.counts_LE is None or s.balance_L is None:
+        return {}
+    assert s.z_L is not None and s.dropped_L is not None and s.max_violation_micro_L is not None
+    load = load_stats(s.counts_LE)
+    biases = [layer.router.expert_bias_E.abs().max() for layer in engine.layers if layer.router.biased]
+    values: dict[str, Any] = {
+        "train/aux_loss": float(s.balance_L.mean()),
+        "train/z_loss": float(s.z_L.mean()),
+        "moe/load_cv": float(load.cv.mean()),
+        "moe/load_max": float(load.max_violation.mean()) + 1,
+        "moe/load_min": float(load.min_ratio.mean()),
+        "moe/dead_frac": float(load.dead_frac.mean()),
+        "moe/entropy": float(load.entropy.mean()),
+        "moe/drop_frac": float(drop_fraction(s.dropped_L, s.counts_LE).mean()),
+        "moe/max_violation": float(load.max_violation.mean()),
+        "moe/max_violation_micro": float(s.max_violation_micro_L.mean()),
+        "moe/router_logit_max": s.logit_max,
+        "moe/load_LE": load_ratio(s.counts_LE).tolist(),
+    }
+    if biases:
+        values["moe/bias_max"] = float(torch.stack(biases).max())
+    if len(domains) > 1:
+        by_domain = load_ratio(s.counts_LDE)
+        values["moe/domain_load"] = {name: by_domain[:, d].tolist() for d, name in enumerate(domains)}
+    return values
