@@ -1,8 +1,8 @@
 """Checkpoints that any layout can load: written aside, verified, renamed; `latest` moves last.
 
-    checkpoints/step-00001000/   __0_0.distcp ... .metadata   torch.distributed.checkpoint, logical names and global shapes
-                                 complete.json                 written last: step, model, size and CRC-32 of every file
-    checkpoints/latest           name of the newest complete one
+checkpoints/step-00001000/   __0_0.distcp ... .metadata   torch.distributed.checkpoint, logical names and global shapes
+                             complete.json                 written last: step, model, size and CRC-32 of every file
+checkpoints/latest           name of the newest complete one
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def _copy(value: Tensor) -> Tensor:
     if isinstance(value, DTensor):
         mesh = value.device_mesh
         local = value.to_local().detach().to("cpu", copy=True)
-        return DTensor.from_local(
-            local, mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
-        )
+        return DTensor.from_local(local, mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride())
     return value.detach().to("cpu", copy=True)
 
 

@@ -75,7 +75,7 @@ REGISTRY: tuple[Metric, ...] = (
     Metric(
         "moe/max_violation_micro",
         "1",
-        "Largest load ratio - 1 inside a micro-batch of one data rank: it makes stragglers; mean over micro-batches and layers",
+        "Largest load ratio - 1 within one micro-batch of one data rank; mean over micro-batches and MoE layers",
     ),
     Metric("moe/router_logit_max", "1", "Largest absolute router logit; over all MoE layers"),
     Metric("moe/bias_max", "1", "Largest absolute expert bias; over all MoE layers"),

@@ -94,17 +94,11 @@ def stack(name: str, title: str, xlabel: str, ylabel: str, x: Sequence[float], p
         if len(xs) == 1:
             bottom = 0.0
             for i, (label, row) in enumerate(zip(parts, means, strict=True)):
-                ax.bar(
-                    [f"step {xs[0]:g}"],
-                    row,
-                    bottom=bottom,
-                    width=0.4,
-                    color=_SERIES_KEYS[i % len(_SERIES)],
-                    alpha=0.75,
-                    label=label,
-                )
+                ink = _SERIES_KEYS[i % len(_SERIES)]
+                ax.bar([0], row, bottom=bottom, width=0.4, color=ink, alpha=0.75, label=label)
                 bottom += row[0]
             ax.set_xlim(-1, 1)
+            ax.set_xticks([0], [_tick(xs[0])])
         else:
             ax.stackplot(xs, means, labels=list(parts), colors=_SERIES_KEYS, alpha=0.75, linewidth=0)
             ax.margins(x=0)
@@ -141,7 +135,7 @@ def histogram(name: str, title: str, xlabel: str, ylabel: str, series: Sequence[
 
 
 def load_maps(
-    name: str, title: str, maps: Mapping[str, Sequence[Sequence[float | None]]], layers: Sequence[int], *, columns: int = 3
+    name: str, title: str, maps: Mapping[str, Sequence[Sequence[float | None]]], layers: Sequence[int], *, wide: bool = True
 ) -> str:
     """Load ratio, layer x expert, as small maps with one common colour scale centred at 1.0 (white).
 
@@ -150,7 +144,7 @@ def load_maps(
     """
     values = sorted(v for grid in maps.values() for row in grid for v in row if v is not None and math.isfinite(v))
     top = max(2.0, math.ceil(quantile(values, 0.99) * 2) / 2) if values else 2.0
-    columns = min(columns, len(maps))
+    columns = min(3 if wide else 1, len(maps))
     count = math.ceil(len(maps) / columns)
 
     def draw(fig: Figure) -> None:
@@ -174,7 +168,9 @@ def load_maps(
         ticks = [0, 0.5, 1, *([1.5] if top <= 3 else []), *range(2, int(top) + 1, max(1, int(top) // 4))]
         bar.set_ticks(ticks, labels=[_tick(t) for t in ticks])
 
-    return _render(name, title, draw, width=WIDE, height=max(1.9, 0.6 + count * min(2.8, 1.1 + 0.07 * len(layers))))
+    return _render(
+        name, title, draw, width=WIDE if wide else HALF, height=max(1.9, 0.6 + count * min(2.8, 1.1 + 0.07 * len(layers)))
+    )
 
 
 def smoothed(y: Sequence[float], span: float | None = None) -> list[float]:

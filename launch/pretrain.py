@@ -160,7 +160,9 @@ def _train(
         if done and evaluation is not None:
             _compare_with_bigram(data, evaluation, engine.step, sinks, here, say)
         if done and config.train.sample_tokens:
-            text = sample_text(engine, data, length=config.train.sample_tokens, seq_len=config.data.seq_len, seed=config.train.seed)
+            text = sample_text(
+                engine, data, length=config.train.sample_tokens, seq_len=config.data.seq_len, seed=config.train.seed
+            )
             if here.rank == 0:
                 write_atomic(run.path / "sample.txt", text)
             say(f"sample:\n{text}")

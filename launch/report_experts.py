@@ -54,17 +54,24 @@ def _maps(runs: Runs) -> str | None:
         if grids and _cells(grids[-1]) <= MAP_CELLS / len(runs):
             layers, maps = run.layers(len(grids[-1])), {f"step {steps[-1]}": grids[-1]}
             figures.append(
-                _map_figure(f"load-{i}", f"Load of every expert: {run.name}", maps, layers, _map_csv(f"load-{i}", maps, layers))
+                _map_figure(
+                    f"load-{i}",
+                    f"Load of every expert: {run.name}",
+                    maps,
+                    layers,
+                    _map_csv(f"load-{i}", maps, layers),
+                    wide=False,
+                )
             )
     if figures or not any(grids for _, (_, grids) in found):
         return row(*figures)
     return '<p class="none">The maps of so many experts and runs are too large for one page: make a report of each run.</p>'
 
 
-def _map_figure(name: str, title: str, maps: Mapping[str, Grid], layers: Sequence[int], csv: str) -> str:
+def _map_figure(name: str, title: str, maps: Mapping[str, Grid], layers: Sequence[int], csv: str, *, wide: bool = True) -> str:
     m = metric("moe/load_LE" if not name.startswith("domain") else "moe/domain_load")
     what = f"{m.key}: {m.definition}. White: exactly its share; red: more; blue: less; darkest blue: none."
-    return figure(title, plots.load_maps(name, title, maps, layers), what, SOURCE, csv)
+    return figure(title, plots.load_maps(name, title, maps, layers, wide=wide), what, SOURCE, csv)
 
 
 def _map_csv(name: str, maps: Mapping[str, Grid], layers: Sequence[int]) -> str:

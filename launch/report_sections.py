@@ -212,19 +212,19 @@ def held_out(runs: Runs) -> str | None:
     return fig + table("Newest evaluation, bits per byte", ["held-out text", *names], rows)
 
 
-PARTS = {
-    "data": "perf/data_wait_s",
-    "exposed communication": "perf/comm_s",
-    "optimizer": "perf/optimizer_s",
-    "checkpoint": "perf/checkpoint_s",
-    "metrics": "perf/log_s",
-}
+PARTS = (
+    ("data", "perf/data_wait_s"),
+    ("exposed communication", "perf/comm_s"),
+    ("optimizer", "perf/optimizer_s"),
+    ("checkpoint", "perf/checkpoint_s"),
+    ("metrics", "perf/log_s"),
+)
 
 
 def breakdown(run: RunData) -> tuple[list[float], dict[str, list[float]]]:
     """(steps, part -> seconds per step) of a run: the measured parts, and the rest of perf/step_s as forward and backward."""
     records = [r for r in run.metrics.records if r.get("perf/step_s") is not None]
-    present = {label: key for label, key in PARTS.items() if any(r.get(key) is not None for r in records)}
+    present = {label: key for label, key in PARTS if any(r.get(key) is not None for r in records)}
     if not present:
         return [], {}
     parts = {label: [float(r.get(key) or 0) for r in records] for label, key in present.items()}

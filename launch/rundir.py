@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..moe.errors import ConfigError, Problem, RunDirError
 from .provenance import origin_of_process
@@ -49,7 +49,7 @@ class RunDir:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
 
     # --- making and finding ---------------------------------------------------------------------------------
 
@@ -241,27 +241,26 @@ class RunDir:
         """
         if self._lock is not None:
             raise RunDirError(f"{self.path} is already locked by this object")
-        handle = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (stays open: closing it would free the lock)
+        # A bare descriptor: a file object would free the lock as soon as nobody refers to this RunDir any more.
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            handle.seek(0)
-            holder = _holder(handle.read())
-            handle.close()
+            holder = _holder(os.read(descriptor, 4096).decode(errors="replace"))
+            os.close(descriptor)
             raise RunDirError(
                 f"{self.path} is in use by {holder}; two jobs cannot share one run directory: "
                 "stop that job, or start this one with another run.dir"
             ) from error
-        handle.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime())
-        handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
-        handle.flush()
-        self._lock = handle
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
+        self._lock = descriptor
 
     def unlock(self) -> None:
         """Free the directory; nothing happens where it is not held."""
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
     def __enter__(self) -> RunDir:

@@ -134,5 +134,5 @@ def _field_docs(record: Any) -> dict[str, str]:
     for statement, below in itertools.pairwise(body):
         match statement, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[name] = text
+                docs[name] = " ".join(text.split())
     return docs

@@ -30,7 +30,8 @@ class SourceConfig:
     """One source of training text. Its name is the domain in load statistics."""
 
     type: Literal["python-code", "python-docs", "text", "jsonl", "indexed"]
-    """python-code, python-docs: this machine's Python library and its documentation topics; text: UTF-8 files; jsonl: one object per line; indexed: Megatron .bin/.idx."""
+    """python-code, python-docs: this machine's Python library and its documentation topics; text: UTF-8 files; jsonl: one object
+    per line; indexed: Megatron .bin/.idx."""
     path: str | None = None
     """File, folder or glob pattern (text, jsonl); path without or with .bin/.idx (indexed)."""
     name: str | None = None
@@ -185,7 +186,8 @@ class CheckpointConfig:
     async_save: bool = True
     """Write in the background while training goes on."""
     resume: str = "auto"
-    """auto: continue if the run directory has a checkpoint; must: fail if it has none; never: fail if it has one; or the path of a checkpoint."""
+    """auto: continue if the run directory has a checkpoint; must: fail if it has none; never: fail if it has one; or the path of
+    a checkpoint."""
     init_from: str | None = None
     """Checkpoint whose weights a new run starts from; step, optimizer and data start at zero."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,7 @@ class Trainer:
     meta: Mapping[str, Any]
     tokens: int = 0
     times: Times = field(default_factory=Times)
-    after_step: Callable[[Trainer, StepResult], None] | None = None
+    last_lr: float = 0.0
 
     def run(self) -> Evaluation | None:
         """Train from the engine's step to the end; returns the last evaluation, or None when stopped early or without one."""
@@ -70,8 +70,6 @@ class Trainer:
                 step = self.engine.step
                 if step % c.log.every == 0 or step == total:
                     self.log(result)
-                if self.after_step is not None:
-                    self.after_step(self, result)
                 if result.vote:
                     self.save()
                     return None

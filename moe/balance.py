@@ -2,12 +2,11 @@
 
 The loss of a layer is E * sum_e f_e * P_e, with f_e the frequency of expert e among all choices and P_e its mean normalised
 score; it is 1 at perfect balance (Switch, arXiv 2101.03961, eq. 4; global batch: arXiv 2501.11873, section 3). f carries no
-gradient, so the gradient with respect to a token's score is E * f_e / tokens: it needs f only in backward, while P is a plain sum.
+gradient, so the gradient of a token's score is E * f_e / tokens: it needs f only in backward, while P is a plain sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class DeferredBalance(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.frequency().to(ctx.dtype) * (ctx.scale * grad), None, None
 
 
@@ -65,7 +64,7 @@ class Balancer:
         self.config = config
         self.peers: Peers = peers or NoPeers()
         self.previous_LE: Tensor | None = None
-        self._seen_LE: Tensor | None = None
+        self._seen: Wait | None = None
         self._exact_LE: Tensor | None = None
         self._micro = self._num_micro = 0
 
@@ -73,7 +72,7 @@ class Balancer:
         """Begin a step of `num_micro` micro-batches. `exact_LE` are its global counts, for `accumulation = "exact"`."""
         if self.config.scope == "global" and self.config.accumulation == "exact" and num_micro > 1 and exact_LE is None:
             raise ValueError('accumulation = "exact" with several micro-batches needs the counts of a first pass (exact_LE)')
-        self._micro, self._num_micro, self._exact_LE, self._seen_LE = 0, num_micro, exact_LE, None
+        self._micro, self._num_micro, self._exact_LE, self._seen = 0, num_micro, exact_LE, None
 
     def losses(self, aux: Aux) -> Tensor:
         """The auxiliary terms of one micro-batch on this rank, as a sum over its tokens (to be divided with the token losses).
@@ -81,6 +80,7 @@ class Balancer:
         Its value leaves the balance terms out (they are known after the step, see `balance_value`); its gradient has all.
         """
         self._micro += 1
+        assert self._micro <= self._num_micro, "more micro-batches than start_step announced"
         c = self.config
         total = c.z_loss_coeff * aux.z_B.sum()
         if c.aux_loss_coeff:
@@ -95,31 +95,29 @@ class Balancer:
             return DeferredBalance.apply(aux.probs_BE, lambda: normalize(summed(), aux.probs_BE.dtype), coeff)
         counts_LGE = aux.counts_BE.sum(-2, keepdim=True)
         probs_LGE = aux.probs_BE.sum(-2, keepdim=True)
-        summed = self.peers.start_sum(counts_LGE, "micro" if scope == "micro" else "global")
-        counts: Callable[[], Tensor] = summed if scope == "micro" else once(self._accumulated(summed, self._micro))
+        counts = self.peers.start_sum(counts_LGE, "micro") if scope == "micro" else self._global_counts(counts_LGE)
         return DeferredBalance.apply(probs_LGE, lambda: normalize(counts(), torch.float64), coeff)
 
-    def _accumulated(self, summed: Wait, micro: int) -> Wait:
-        """Estimate of the step's global counts [L, 1, E] as of micro-batch `micro` (from 1)."""
-
-        def counts() -> Tensor:
-            now_LE = summed().squeeze(-2).double()
-            self._seen_LE = now_LE if self._seen_LE is None else self._seen_LE + now_LE
-            if self._exact_LE is not None:
-                return self._exact_LE.unsqueeze(-2)
-            estimate_LE = self._seen_LE
-            if self.config.accumulation == "prior" and self.previous_LE is not None:
-                # the last step stands in for the share of this step that has not been seen yet
-                unseen = 1 - micro / self._num_micro
-                estimate_LE = estimate_LE + self.config.carry * unseen * self.previous_LE
-            return estimate_LE.unsqueeze(-2)
-
-        return counts
+    def _global_counts(self, counts_LGE: Tensor) -> Wait:
+        """Estimate of the step's global counts [L, 1, E] as of this micro-batch."""
+        if self._exact_LE is not None:
+            exact_LGE = self._exact_LE.unsqueeze(-2)
+            return lambda: exact_LGE
+        summed, before = self.peers.start_sum(counts_LGE, "global"), self._seen
+        # each micro-batch adds to the one before it, so that the order in which backwards run does not matter
+        seen = self._seen = once(lambda: summed().double() if before is None else before() + summed().double())
+        # the last step stands in for the share of this step that has not been seen yet
+        unseen = 1 - self._micro / self._num_micro
+        weight = self.config.carry * unseen if self.config.accumulation == "prior" else 0.0
+        if self.previous_LE is None or not weight:
+            return seen
+        rest_LGE = weight * self.previous_LE.unsqueeze(-2)
+        return lambda: seen() + rest_LGE
 
     def end_step(self, counts_LE: Tensor) -> None:
         """Remember the step's global counts [L, E]; the next step starts from them."""
         self.previous_LE = counts_LE.double()
-        self._seen_LE = self._exact_LE = None
+        self._seen = self._exact_LE = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs: the last step's counts (empty before the first step)."""
@@ -138,7 +136,7 @@ def balance_value(counts_LE: Tensor, probs_LE: Tensor, tokens: Tensor | int) -> 
 
 @torch.no_grad()
 def update_expert_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
-    """Loss-free balancing, in place: b += rate * sign(mean load - load), then centred (Wang et al., arXiv 2408.15664, algorithm 1).
+    """Loss-free balancing, in place: b += rate * sign(mean load - load), then centred (arXiv 2408.15664, algorithm 1).
 
     Called once per step with the counts of the global batch. Centring changes no choice and keeps the bias from drifting.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ def expert_capacity(valid_B: Tensor, config: MoEConfig) -> Tensor:
     same whatever the layout.
     """
     assert config.capacity_factor is not None
-    # in hundredths of a thousandth: integer arithmetic cannot round differently between ranks or devices
-    factor = math.ceil(config.capacity_factor * 100_000 - 1e-6)
-    return -((-factor * config.top_k * valid_B) // (100_000 * config.num_experts))
+    # As the fraction that was meant (1.1 is 11/10, not a little more): integers cannot round differently between devices. A larger
+    # factor than E changes nothing, because an expert takes a token once; without the bound it could overflow.
+    factor = Fraction(min(config.capacity_factor, config.num_experts)).limit_denominator(10**6) or Fraction(1, 10**6)
+    return -((-factor.numerator * config.top_k * valid_B) // (factor.denominator * config.num_experts))
 
 
 def keep_within_capacity(indices_BSK: Tensor, weights_BSK: Tensor, valid_BS: Tensor, config: MoEConfig) -> Tensor:

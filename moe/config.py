@@ -61,21 +61,23 @@ def _expected(hint: Any) -> str:
 
 def positive(owner: object, path: str, names: Sequence[str]) -> list[Problem]:
     """Problems for every field among `names` that is set, but not a positive finite number."""
-    return _outside(owner, path, names, "positive", lambda value: value > 0)
+    return _outside(owner, path, names, ("must be positive", " and finite"), lambda value: value > 0)
 
 
 def not_negative(owner: object, path: str, names: Sequence[str]) -> list[Problem]:
     """Problems for every field among `names` that is set, but negative or not finite."""
-    return _outside(owner, path, names, "not negative", lambda value: value >= 0)
+    return _outside(owner, path, names, ("must not be negative", ", and must be finite"), lambda value: value >= 0)
 
 
-def _outside(owner: object, path: str, names: Sequence[str], word: str, legal: Callable[[Any], bool]) -> list[Problem]:
+def _outside(
+    owner: object, path: str, names: Sequence[str], rule: tuple[str, str], legal: Callable[[Any], bool]
+) -> list[Problem]:
     problems = []
     for name in names:
         value = getattr(owner, name)
         finite = not isinstance(value, float) or math.isfinite(value)
         if value is not None and not (finite and legal(value)):
-            problems.append(Problem(f"{path}.{name}", f"is {value}, but must be {word}{'' if finite else ' and finite'}"))
+            problems.append(Problem(f"{path}.{name}", f"is {value}, but {rule[0]}{'' if finite else rule[1]}"))
     return problems
 
 
@@ -109,13 +111,9 @@ class RouterConfig:
         check_types(self, path)
         problems = positive(self, path, ["num_groups", "top_groups", "scaling_factor"])
         if self.top_groups > self.num_groups > 0:
-            problems.append(
-                Problem(f"{path}.top_groups", f"is {self.top_groups}, more than num_groups = {self.num_groups}")
-            )
+            problems.append(Problem(f"{path}.top_groups", f"is {self.top_groups}, more than num_groups = {self.num_groups}"))
         if self.score == "sigmoid" and self.order == "topk_softmax":
-            problems.append(
-                Problem(f"{path}.order", "is 'topk_softmax', which needs score = 'softmax'; use 'softmax_topk'")
-            )
+            problems.append(Problem(f"{path}.order", "is 'topk_softmax', which needs score = 'softmax'; use 'softmax_topk'"))
         raise_if(problems)
 
 
@@ -146,9 +144,7 @@ class BalanceConfig:
     def __post_init__(self) -> None:
         path = "model.moe.balance"
         check_types(self, path)
-        raise_if(
-            not_negative(self, path, ["aux_loss_coeff", "straggler_coeff", "z_loss_coeff", "carry", "bias_update_rate"])
-        )
+        raise_if(not_negative(self, path, ["aux_loss_coeff", "straggler_coeff", "z_loss_coeff", "carry", "bias_update_rate"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +179,7 @@ class MoEConfig:
             reason = "leave it out for dropless" if self.capacity_factor == math.inf else _NO_CAPACITY
             problems.append(Problem(f"{path}.capacity_factor", f"is {self.capacity_factor}: {reason}"))
         if self.top_k > self.num_experts > 0:
-            problems.append(
-                Problem(f"{path}.top_k", f"is {self.top_k}, more than num_experts = {self.num_experts}")
-            )
+            problems.append(Problem(f"{path}.top_k", f"is {self.top_k}, more than num_experts = {self.num_experts}"))
         problems += self._router_problems(path) if self.num_experts > 0 and self.top_k > 0 else []
         raise_if(problems)
 
@@ -205,9 +199,7 @@ class MoEConfig:
                 Problem(f"{path}.router.top_groups", f"leaves {in_reach} experts to choose from, fewer than top_k = {self.top_k}")
             )
         elif r.num_groups > 1 and r.group_score == "top2_sum" and self.num_experts // r.num_groups < 2:
-            problems.append(
-                Problem(f"{path}.router.group_score", "is 'top2_sum', but groups hold one expert; use 'max'")
-            )
+            problems.append(Problem(f"{path}.router.group_score", "is 'top2_sum', but groups hold one expert; use 'max'"))
         if self.top_k == 1 and (r.renormalize or r.order == "topk_softmax"):
             problems.append(
                 Problem(
@@ -325,8 +317,8 @@ class ModelConfig:
 
     @property
     def num_active_params(self) -> int:
-        """Parameters one token passes through: as `num_params`, with top_k of the routed experts per MoE layer. Embedding and head
-        included."""
+        """Parameters one token passes through: as `num_params`, with top_k of the routed experts per MoE layer. Embedding and
+        head included."""
         return self._params(self.moe.top_k if self.moe else 0)
 
     def flops_per_token(self, seq_len: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,8 @@ class Aux:
     @staticmethod
     def stack(layers: Sequence[Aux]) -> Aux:
         """One record with a leading axis of layers."""
-        names = [f.name for f in fields(Aux) if f.name != "routing"]
-        return Aux(**{n: torch.stack([getattr(a, n) for a in layers]) for n in names})
+        sums: dict[str, Any] = {f.name: torch.stack([getattr(a, f.name) for a in layers]) for f in fields(Aux)[:-1]}
+        return Aux(**sums)
 
 
 def normalize(counts_E: Tensor, dtype: torch.dtype) -> Tensor:

@@ -96,6 +96,11 @@ class Model(nn.Module):
         if init:
             init_weights(self, seed=seed, std=config.init_std, num_layers=config.num_layers)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, typed."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
     def forward(
         self,
         tokens_BS: Tensor,
@@ -112,16 +117,16 @@ class Model(nn.Module):
             valid_BS: bool, False for positions that count nowhere: not routed, no loss, no statistics. None = all valid.
             labels_BS: int64 ids to predict. None = return logits.
             document_BS: ids that keep attention inside each document.
-            on_aux: called with the stacked `Aux` as soon as all tokens are routed, before the head, so that sums over ranks can travel
-                while the head computes.
+            on_aux: called with the stacked `Aux` as soon as all tokens are routed, before the head, so that sums over ranks can
+                travel while the head computes.
 
         Returns:
-            Logits [B, S, V], or with labels the sum of the valid tokens' losses (a scalar in at least fp32; divide it by the valid
-            tokens of the global batch); and `Aux` stacked over the MoE layers, None without any.
+            Logits [B, S, V], or with labels the sum of the valid tokens' losses (a scalar in at least fp32; divide it by the
+            valid tokens of the global batch); and `Aux` stacked over the MoE layers, None without any.
         """
         x_BSD = self.embed(tokens_BS)
         layers_aux: list[Aux] = []
-        for block in self.layers:
+        for block in self.blocks:
             x_BSD, aux = block(x_BSD, valid_BS, document_BS)
             if aux is not None:
                 layers_aux.append(aux)

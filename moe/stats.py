@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,17 +34,17 @@ class LoadStats:
 
 
 def load_stats(counts_LE: Tensor) -> LoadStats:
-    """Statistics of loads [..., E] along the last axis. A layer without any token counts as balanced with dead experts."""
+    """Statistics of loads [..., E] along the last axis. A layer without any token counts as balanced, with all experts dead."""
     ratio = load_ratio(counts_LE)
     num_experts = counts_LE.shape[-1]
-    share = ratio / num_experts
-    entropy = -(torch.xlogy(share, share)).sum(-1)
+    # log E - H, the distance of the load from an even one, so that nothing to spread counts as even
+    distance = torch.xlogy(ratio / num_experts, ratio).sum(-1)
     return LoadStats(
         cv=ratio.std(-1, unbiased=False),
-        max_violation=ratio.amax(-1) - 1,
+        max_violation=(ratio.amax(-1) - 1).clamp_min(0),
         min_ratio=ratio.amin(-1),
         dead_frac=(counts_LE == 0).double().mean(-1),
-        entropy=entropy / torch.log(torch.tensor(float(max(num_experts, 2)), dtype=torch.float64)),
+        entropy=1 - distance / math.log(max(num_experts, 2)),
     )
 
 
@@ -53,6 +54,6 @@ def drop_fraction(dropped: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def counts_by_domain(counts_LBE: Tensor, domain_B: Tensor, num_domains: int) -> Tensor:
-    """Choices per layer, domain and expert [L, domains, E] from those per sequence [L, B, E]; domains are int64 in [0, domains)."""
+    """Choices per layer, domain and expert [L, domains, E] from those per sequence [L, B, E]; `domain_B` is int64."""
     L, _, E = counts_LBE.shape
     return counts_LBE.new_zeros(L, num_domains, E).index_add_(1, domain_B, counts_LBE)

@@ -60,7 +60,7 @@ def parallelize(
     dtype = torch.float64 if precision == "fp64" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(precision), reduce_dtype=dtype) if precision == "bf16" else None
     fill = functools.partial(_materialise, placements=placements, config=config, mesh=mesh, seed=seed, dtype=dtype)
-    for index, block in enumerate(model.layers):
+    for index, block in enumerate(model.blocks):
         fill(block, f"layers.{index}.")
     for part in ("embed", "head"):
         fill(getattr(model, part), f"{part}.")
@@ -69,7 +69,7 @@ def parallelize(
     attach_tensor_parallel(model, mesh.tp_group)
     if recompute == "selective":
         apply_recompute(model)
-    for index, block in enumerate(model.layers):
+    for index, block in enumerate(model.blocks):
         _shard_block(block, f"layers.{index}.", placements, mesh, policy)
     _shard_module(model, mesh, expert=False, policy=policy)
     return model, tuple(ShardedParameter(placements[name], p) for name, p in model.named_parameters())
@@ -86,7 +86,7 @@ def attach_doors(model: Model, mesh: Mesh) -> None:
 
 def moe_layers(model: Model) -> list[MoELayer]:
     """The MoE layers of a model, in order."""
-    return [block.moe for block in model.layers if block.moe is not None]
+    return [block.moe for block in model.blocks if block.moe is not None]
 
 
 @torch.no_grad()
@@ -124,20 +124,22 @@ def apply_recompute(model: Model) -> None:
     Routing and the all-to-all stay outside: they are never run twice, so nothing is counted twice and no token can take another
     route in backward.
     """
-    for block in model.layers:
+    for block in model.blocks:
         parts: list[nn.Module | None] = [block.attention, block.ffn]
         if block.moe is not None:
             parts += [block.moe.experts, block.moe.shared_expert]
         for part in parts:
             if part is not None:
-                part.forward = _recomputed(part.forward)  # type: ignore[method-assign]
+                part.forward = _recomputed(part.forward)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def _shard_block(block: Block, prefix: str, placements: dict[str, Placement], mesh: Mesh, policy: MixedPrecisionPolicy | None) -> None:
+def _shard_block(
+    block: Block, prefix: str, placements: dict[str, Placement], mesh: Mesh, policy: MixedPrecisionPolicy | None
+) -> None:
     if block.moe is not None:
         dims = {p: placements[f"{prefix}moe.experts.{n}"].data_dim for n, p in block.moe.experts.named_parameters()}
         _shard_module(block.moe.experts, mesh, expert=True, policy=policy, data_dims=dims)

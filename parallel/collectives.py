@@ -45,7 +45,7 @@ class GatherSequence(torch.autograd.Function):
         return all_gather_dim(x, 1, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return reduce_scatter_dim(grad, 1, ctx.group), None
 
 
@@ -58,7 +58,7 @@ class ScatterSequence(torch.autograd.Function):
         return reduce_scatter_dim(x, 1, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_gather_dim(grad, 1, ctx.group), None
 
 
@@ -73,7 +73,7 @@ class SumOverGroup(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
@@ -82,7 +82,8 @@ class SumOverGroup(torch.autograd.Function):
 def exchange_rows(x_RD: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """Uneven all-to-all: the first send[0] rows go to rank 0 of the group and so on; returns what arrives, in rank order.
 
-    On gloo every receive is posted before any send: its own all-to-all does it the other way round and reaches about half of a link.
+    On gloo every receive is posted before any send: its own all-to-all does it the other way round and reaches about half of a
+    link.
     """
     out_XD = x_RD.new_empty(sum(receive), *x_RD.shape[1:])
     x_RD = x_RD[: sum(send)].contiguous()
@@ -110,7 +111,7 @@ class ExchangeRows(torch.autograd.Function):
         return exchange_rows(x_RD, send, receive, group)
 
     @staticmethod
-    def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor | None, ...]:
         grad_RD = exchange_rows(grad_XD, *ctx.args)
         if ctx.rows > grad_RD.shape[0]:
             # rows that did not travel

@@ -15,7 +15,8 @@ class ParallelConfig:
     dp: int | None = None
     """Data-parallel ranks of the dense part; None = world / tp. Set it to have the world size checked."""
     hsdp: int = 1
-    """Replicas of the sharded state (hybrid sharding): parameters are sharded over dp / hsdp ranks, replicated over hsdp. 1 = fully sharded, dp = plain data parallel."""
+    """Replicas of the sharded state (hybrid sharding): parameters are sharded over dp / hsdp ranks, replicated over hsdp.
+    1 = fully sharded, dp = plain data parallel."""
     tp: int = 1
     """Tensor-parallel ranks of attention, dense FFN, embedding and loss, with sequence parallelism."""
     ep: int = 1

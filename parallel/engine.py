@@ -182,9 +182,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> tuple[Tensor, Aux | None]:
         """Sum of the losses of one batch on this data rank (float scalar tensor), without touching any training state."""
-        loss_sum, aux = self.model(
-            batch.tokens_BS, batch.valid_BS, labels_BS=batch.labels_BS, document_BS=batch.document_BS
-        )
+        loss_sum, aux = self.model(batch.tokens_BS, batch.valid_BS, labels_BS=batch.labels_BS, document_BS=batch.document_BS)
         return loss_sum, aux
 
     @torch.no_grad()
@@ -210,7 +208,8 @@ class Engine:
         losses = [r for r in reports if not abs(r["loss"]) < float("inf")]
         guilty = losses or [r for r in reports if r["bad"]] or reports
         lines = [
-            f"  rank {r['rank']}: loss sum {r['loss']:.6g}; not finite: {', '.join(r['bad']) or 'no local gradient'}; samples {r['samples']}"
+            f"  rank {r['rank']}: loss sum {r['loss']:.6g}; not finite: {', '.join(r['bad']) or 'no local gradient'}; "
+            f"samples {r['samples']}"
             for r in guilty
         ]
         raise NumericsError(

@@ -49,7 +49,9 @@ def build_mesh(topology: Topology, device: torch.device, timeout_s: float = 600.
         TopologyError: pipeline or context parallelism, or a world of another size.
     """
     if topology.pp != 1 or topology.cp != 1:
-        raise TopologyError(f"pp = {topology.pp}, cp = {topology.cp}: pipeline and context parallelism cannot be run, set both to 1")
+        raise TopologyError(
+            f"pp = {topology.pp}, cp = {topology.cp}: pipeline and context parallelism cannot be run, set both to 1"
+        )
     if dist.get_world_size() != topology.world:
         raise TopologyError(f"world = {topology.world}, but {dist.get_world_size()} processes are running")
     ranks = torch.arange(topology.world)

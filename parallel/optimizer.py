@@ -80,7 +80,8 @@ def learning_rate(
 ) -> float:
     """Learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule, ending at peak * min_ratio.
 
-    cosine: half a cosine from the end of the warm-up (Loshchilov & Hutter, arXiv 1608.03983). wsd: stable, then linear decay over the
+    cosine: half a cosine from the end of the warm-up (Loshchilov & Hutter, arXiv 1608.03983). wsd: stable, then linear decay
+    over the
     last `decay_steps` (default: a fifth of the run; arXiv 2404.06395). constant: no decay.
     """
     if step < warmup_steps:

@@ -7,6 +7,7 @@ no engine, no sharding, no reductions and no balance state; auxiliary losses are
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ class ParityCase:
     """What both sides run.
 
     num_micro: micro-batches per step. valid_share: share of positions that count (1 = all); which ones differs between sequences,
-    so that ranks hold unequal numbers. Micro-batch m of a step takes rows [m, m + 1) * global_batch / num_micro, data ranks split it.
+    so that ranks hold unequal numbers. Micro-batch m of a step takes rows [m, m + 1) * global_batch / num_micro, data ranks
+    split it.
     start_bias: selection bias of every layer's experts before the first step, for models that have one; empty = zeros.
     """
 
@@ -99,11 +101,12 @@ def micro_rows(case: ParityCase, dp: int, data_rank: int, micro: int) -> tuple[i
     return start, start + per_rank
 
 
-# --- one process ------------------------------------------------------------------------------------------------------------------
+# --- one process ------------------------------------------------------------------------------------------------------
 
 
 def run_reference(case: ParityCase, dp: int = 1) -> Trace:
-    """The run on one process. `dp` only says how the batch is split where the loss depends on it by definition (scope `micro`)."""
+    """The run on one process. `dp` only says how the batch is split where the loss depends on it by definition (scope
+    `micro`)."""
     model = Model(case.model, seed=case.seed)
     model = model.double() if case.precision == "fp64" else model
     for layer in moe_layers(model):
@@ -208,7 +211,7 @@ def _array(x: Tensor) -> np.ndarray:
     return x.detach().double().cpu().numpy().copy()
 
 
-# --- a layout ---------------------------------------------------------------------------------------------------------------------
+# --- a layout ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -232,7 +235,10 @@ class RankTrace:
 class RecordingEngine(Engine):
     """An engine that keeps a copy of its gradients before each update."""
 
-    recorded: list[dict[str, Piece]]
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.recorded: list[dict[str, Piece]] = []
+        self.offsets: dict[str, tuple[int, ...]] = {}
 
     def _update(self, norm: Tensor, lr: float, stats) -> None:  # type: ignore[no-untyped-def]
         grads = {p: p.local_grad if p.local_grad is not None else torch.zeros_like(p.local) for p in self.parameters}
@@ -240,26 +246,35 @@ class RecordingEngine(Engine):
         super()._update(norm, lr, stats)
 
     def piece(self, parameter: ShardedParameter, local: Tensor) -> Piece:
-        logical = parameter.logical(local, self.mesh)
-        offset: tuple[int, ...] = (0,) * local.dim()
-        if isinstance(logical, DTensor):
-            offset = compute_local_shape_and_global_offset(logical.shape, logical.device_mesh, logical.placements)[1]
-        return Piece(tuple(offset), parameter.placement.global_shape, _array(local))
+        name = parameter.placement.name
+        if name not in self.offsets:
+            self.offsets[name] = self._offset(parameter)
+        return Piece(self.offsets[name], parameter.placement.global_shape, _array(local))
+
+    def _offset(self, parameter: ShardedParameter) -> tuple[int, ...]:
+        """Where this rank's values begin in the logical tensor."""
+        logical = parameter.logical(parameter.local, self.mesh)
+        if not isinstance(logical, DTensor):
+            return (0,) * parameter.local.dim()
+        return tuple(compute_local_shape_and_global_offset(logical.shape, logical.device_mesh, logical.placements)[1])
 
 
-def run_layout(case: ParityCase, layout: dict[str, int], device: torch.device | None = None) -> RankTrace:
-    """The run on this rank of the default process group. `layout`: keyword arguments of `Topology` without world."""
-    topology = Topology(dist.get_world_size(), **layout)
-    mesh = build_mesh(topology, device or torch.device("cpu"))
+def build_engine(case: ParityCase, layout: dict[str, int], device: torch.device | None = None) -> RecordingEngine:
+    """The case's model on this rank of the default process group, before its first step. Collective."""
+    mesh = build_mesh(Topology(dist.get_world_size(), **layout), device or torch.device("cpu"))
     engine = RecordingEngine(
         case.model, mesh, seed=case.seed, precision=case.precision, recompute=case.recompute, optimizer=case.optimizer
     )
-    engine.recorded = []
     _set_start_bias(case, engine.model)
-    result = RankTrace(Trace())
-    for step in range(case.steps):
+    return engine
+
+
+def run_steps(engine: RecordingEngine, case: ParityCase, steps: range) -> RankTrace:
+    """Train on the batches of these steps of the case. Collective."""
+    result, at = RankTrace(Trace()), engine.mesh.coordinates
+    for step in steps:
         batch = make_batch(case, step)
-        rows = [micro_rows(case, topology.dp, mesh.coordinates.dp, m) for m in range(case.num_micro)]
+        rows = [micro_rows(case, engine.mesh.topology.dp, at.dp, m) for m in range(case.num_micro)]
         out = engine.train_step([batch.rows(*r) for r in rows], case.lr)
         figures, stats = result.figures, out.stats
         figures.loss.append(out.loss)
@@ -269,10 +284,15 @@ def run_layout(case: ParityCase, layout: dict[str, int], device: torch.device | 
             figures.balance.append(_array(stats.balance_L))
             figures.z.append(_array(stats.z_L))
             figures.dropped.append(stats.dropped_L.cpu().numpy())
-    result.gradients = engine.recorded
+    result.gradients, engine.recorded = engine.recorded, []
     result.weights = {p.placement.name: engine.piece(p, p.local) for p in engine.parameters}
     result.figures.biases = {n: _array(b) for n, b in engine.model.named_buffers()}
     return result
+
+
+def run_layout(case: ParityCase, layout: dict[str, int], device: torch.device | None = None) -> RankTrace:
+    """The run on this rank of the default process group. `layout`: keyword arguments of `Topology` without world."""
+    return run_steps(build_engine(case, layout, device), case, range(case.steps))
 
 
 def assemble(pieces: list[Piece]) -> tuple[np.ndarray, float]:

@@ -37,7 +37,8 @@ def _worst(quantity: str, pairs: list[tuple[str, Any, Any]]) -> Difference:
 
 
 def compare(reference: Trace, ranks: list[RankTrace]) -> list[Difference]:
-    """Compare a layout with one process: loss, norm, auxiliary terms, counts, gradients, weights, biases, and the ranks' agreement."""
+    """Compare a layout with one process: loss, norm, auxiliary terms, counts, gradients, weights, biases, and the ranks'
+    agreement."""
     differences, disagreement = [], [(0.0, "all ranks agree")]
     for quantity in ("loss", "grad_norm", "balance", "z", "counts", "dropped"):
         pairs = []

@@ -1,13 +1,13 @@
 """Where each parameter lives: one table, from which shards, gradient sums, norms and checkpoints all follow.
 
-| parameter                            | tp / etp            | ep             | data ranks                 | gradient                           |
-|--------------------------------------|---------------------|----------------|----------------------------|------------------------------------|
-| attention wq, wk, wv; dense w13      | rows (output width) | -              | sharded over dp            | sum over dp                        |
-| attention wo; dense w2               | columns             | -              | sharded over dp            | sum over dp                        |
-| embedding, head                      | vocabulary rows     | -              | sharded over dp            | sum over dp                        |
-| norms, shared experts                | whole               | -              | sharded over dp            | sum over dp, then tp               |
-| router                               | whole               | -              | whole, never cast          | sum over all ranks                 |
-| experts w13, w2                      | hidden width (etp)  | experts        | sharded over edp           | sum over edp                       |
+| parameter                       | tp / etp           | ep      | data ranks        | gradient          |
+|---------------------------------|--------------------|---------|-------------------|-------------------|
+| attention wq, wk, wv; dense w13 | output width       | -       | sharded over dp   | sum over dp       |
+| attention wo; dense w2          | input width        | -       | sharded over dp   | sum over dp       |
+| embedding, head                 | vocabulary rows    | -       | sharded over dp   | sum over dp       |
+| norms, shared experts           | whole              | -       | sharded over dp   | sum over dp, tp   |
+| router                          | whole              | -       | whole, never cast | sum over all      |
+| experts w13, w2                 | hidden width (etp) | experts | sharded over edp  | sum over edp      |
 
 Sums, never means: the loss is divided once, by the valid tokens of the global batch.
 """

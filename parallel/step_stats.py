@@ -18,7 +18,8 @@ from .mesh import Mesh
 class StepStats:
     """Figures of the global batch. Per-layer tensors are float64 or int64 on the mesh's device; None without MoE layers.
 
-    loss: mean token loss. counts_LDE: choices per layer, domain and expert. balance_L: load-balancing loss, 1 at balance. z_L: mean
+    loss: mean token loss. counts_LDE: choices per layer, domain and expert. balance_L: load-balancing loss, 1 at balance. z_L:
+    mean
     router z. dropped_L: choices without a place. max_violation_micro_L: mean over micro-batches of the largest load ratio - 1.
     logit_max: largest |router logit|. vote: whether any rank wants to stop.
     """

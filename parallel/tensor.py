@@ -85,11 +85,11 @@ def attach_tensor_parallel(model: Model, group: Group) -> None:
     if dist.get_world_size(group) == 1:
         return
     model.embed = ShardedEmbedding(model.embed, group)  # type: ignore[assignment]
-    for block in model.layers:
+    for block in model.blocks:
         _surround(block.attention, group)
         if block.attention.qk_norm == "full":
-            block.attention.q_norm = ShardedRMSNorm(block.attention.q_norm, group)
-            block.attention.k_norm = ShardedRMSNorm(block.attention.k_norm, group)
+            block.attention.q_norm = ShardedRMSNorm(block.attention.q_norm, group)  # type: ignore[assignment]
+            block.attention.k_norm = ShardedRMSNorm(block.attention.k_norm, group)  # type: ignore[assignment]
         if block.ffn is not None:
             _surround(block.ffn, group)
     model.head.shard = MeshVocab(model.head.weight_VD.shape[0], group)

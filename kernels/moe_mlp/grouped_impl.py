@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,12 +13,12 @@ class _ZeroTail(torch.autograd.Function):
     """Zero rows from `end` on, in both directions: grouped_mm leaves them uninitialised."""
 
     @staticmethod
-    def forward(ctx, x_RN: Tensor, end: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, x_RN: Tensor, end: Tensor) -> Tensor:
         ctx.save_for_backward(end)
         return x_RN.masked_fill((torch.arange(x_RN.shape[0], device=x_RN.device) >= end)[:, None], 0)
 
     @staticmethod
-    def backward(ctx, grad_RN: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor, None]:
         (end,) = ctx.saved_tensors
         return grad_RN.masked_fill((torch.arange(grad_RN.shape[0], device=grad_RN.device) >= end)[:, None], 0), None
 

@@ -36,22 +36,20 @@ class Permute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         row_TK, kept_TK = ctx.saved_tensors
         return gather_sum(grad_RD, row_TK, None, kept_TK), None, None, None
 
 
 class Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
         ctx.save_for_backward(y_RD, weights_TK, order_R, row_TK, kept_TK)
         return gather_sum(y_RD, row_TK, weights_TK, kept_TK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         y_RD, weights_TK, order_R, row_TK, kept_TK = ctx.saved_tensors
         wide = torch.promote_types(y_RD.dtype, torch.float32)
         grad_RD = grad_TD.index_select(0, order_R // row_TK.shape[1])

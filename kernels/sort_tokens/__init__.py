@@ -30,8 +30,9 @@ def sort_tokens(indices_TK: Tensor, num_experts: int, kept_TK: Tensor | None = N
     flat_R = indices_TK.flatten()
     if kept_TK is not None:
         flat_R = torch.where(kept_TK.flatten(), flat_R, num_experts)
-    # int16 keys sort several times faster on CPU; expert indices always fit
-    order_R = torch.sort(flat_R.to(torch.int16), stable=True).indices
+    # int16 keys sort several times faster on CPU
+    keys_R = flat_R.to(torch.int16) if num_experts <= torch.iinfo(torch.int16).max else flat_R
+    order_R = torch.sort(keys_R, stable=True).indices
     row_R = torch.empty_like(order_R)
     row_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
     counts_E = count_choices(flat_R, num_experts + 1)[:num_experts]

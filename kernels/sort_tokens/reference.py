@@ -16,6 +16,7 @@ def sort_tokens(indices_TK: Tensor, num_experts: int, kept_TK: Tensor | None = N
     rank = [0] * len(flat)
     for row, i in enumerate(order):
         rank[i] = row
-    device = indices_TK.device
-    as_int = {"dtype": torch.int64, "device": device}
-    return torch.tensor(order, **as_int), torch.tensor(rank, **as_int).view(indices_TK.shape), torch.tensor(counts, **as_int)
+    order_R, row_R, counts_E = (
+        torch.tensor(values, dtype=torch.int64, device=indices_TK.device) for values in (order, rank, counts)
+    )
+    return order_R, row_R.view(indices_TK.shape), counts_E

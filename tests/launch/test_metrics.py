@@ -192,7 +192,8 @@ FULL = {
 def test_console_line_of_a_full_record() -> None:
     line = console_line(make_record("step", 1200, 0, FULL), 10_000)
     assert line == (
-        "step 1200/10000  loss 2.713  grad 0.84  lr 3.0e-04  1.24M tok/s (19.4k/gpu)  mem 61.2 GiB  load cv 0.12  drop 0.0%  eta 4h09m"
+        "step 1200/10000  loss 2.713  grad 0.84  lr 3.0e-04  1.24M tok/s (19.4k/gpu)  mem 61.2 GiB  "
+        "load cv 0.12  drop 0.0%  eta 4h09m"
     )
 
 
@@ -266,6 +267,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("module", ["metrics", "report", "plots"])
 def test_import_needs_neither_torch_nor_matplotlib(module: str) -> None:
-    code = f"import sys, moefold.launch.{module}; print([m for m in ('torch', 'matplotlib', 'numpy', 'pydantic') if m in sys.modules])"
+    heavy = ("torch", "matplotlib", "numpy", "pydantic")
+    code = f"import sys, moefold.launch.{module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -14,8 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moefold.launch.settings import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    OptimizerConfig,
+    RunConfig,
+    RunSection,
+    SourceConfig,
+    TrainConfig,
+)
 from moefold.moe.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
 from moefold.moe.errors import ConfigError
+from moefold.parallel.config import ParallelConfig
 
 Build = Callable[..., object]
 
@@ -38,10 +49,11 @@ def problems_of(build: Build, **changes: Any) -> list[tuple[str, str]]:
 
 
 ROUTER = [
-    ({"num_groups": 0, "top_groups": 0}, "model.moe.router.num_groups", "is 0, but must be positive"),
+    ({"num_groups": 0}, "model.moe.router.num_groups", "is 0, but must be positive"),
     ({"top_groups": -1}, "model.moe.router.top_groups", "is -1, but must be positive"),
     ({"scaling_factor": 0.0}, "model.moe.router.scaling_factor", "is 0.0, but must be positive"),
-    ({"scaling_factor": math.nan}, "model.moe.router.scaling_factor", "is nan, but must be positive"),
+    ({"scaling_factor": math.nan}, "model.moe.router.scaling_factor", "is nan, but must be positive and finite"),
+    ({"scaling_factor": math.inf}, "model.moe.router.scaling_factor", "is inf, but must be positive and finite"),
     ({"num_groups": 2, "top_groups": 3}, "model.moe.router.top_groups", "is 3, more than num_groups = 2"),
     (
         {"score": "sigmoid", "order": "topk_softmax"},
@@ -53,7 +65,7 @@ BALANCE = [
     ({name: value}, f"model.moe.balance.{name}", f"is {value}, but must not be negative")
     for name in ("aux_loss_coeff", "straggler_coeff", "z_loss_coeff", "carry", "bias_update_rate")
     for value in (-0.5, math.nan)
-]
+] + [({"carry": math.inf}, "model.moe.balance.carry", "is inf, but must not be negative, and must be finite")]
 MOE = [
     ({"num_experts": 0}, "model.moe.num_experts", "is 0, but must be positive"),
     ({"top_k": 0}, "model.moe.top_k", "is 0, but must be positive"),
@@ -61,6 +73,7 @@ MOE = [
     ({"num_shared_experts": -1}, "model.moe.num_shared_experts", "is -1, but must be >= 0"),
     ({"capacity_factor": 0.0}, "model.moe.capacity_factor", "is 0.0: no token would reach an expert; use a positive factor, or"),
     ({"capacity_factor": math.nan}, "model.moe.capacity_factor", "is nan: no token would reach an expert"),
+    ({"capacity_factor": math.inf}, "model.moe.capacity_factor", "is inf: leave it out for dropless"),
     ({"top_k": 9}, "model.moe.top_k", "is 9, more than num_experts = 8"),
     (
         {"router": RouterConfig(num_groups=3)},
@@ -87,12 +100,19 @@ MOE = [
         "model.moe.router.renormalize",
         "and order = 'softmax_topk'",
     ),
+    ({"top_k": 1, "router": RouterConfig(score="sigmoid")}, "model.moe.router.renormalize", "makes every weight 1"),
 ]
 MODEL = [
     *(
         ({name: 0}, f"model.{name}", "is 0, but must be positive")
-        for name in ("dim", "num_layers", "num_heads", "vocab_size", "max_seq_len", "moe_every", "rope_theta", "norm_eps")
+        for name in (
+            *("dim", "num_layers", "num_heads", "head_dim", "vocab_size", "max_seq_len", "moe_every", "dense_ffn_dim"),
+            *("rope_theta", "norm_eps", "init_std"),
+        )
     ),
+    ({"norm_eps": math.inf}, "model.norm_eps", "is inf, but must be positive and finite"),
+    ({"init_std": math.nan}, "model.init_std", "is nan, but must be positive and finite"),
+    ({"head_dim": -16}, "model.head_dim", "is -16, but must be positive"),
     ({"num_heads": 5}, "model.num_heads", "is 5, which does not divide dim = 64; set head_dim"),
     ({"head_dim": 15}, "model.head_dim", "is 15, but rotary embedding needs an even number"),
     ({"num_heads": 64}, "model.head_dim", "is 1, but rotary embedding needs an even number"),
@@ -114,6 +134,35 @@ RULES = [
 ]
 
 
+WRONG_TYPES = [
+    (RouterConfig, {"score": "tanh"}, "model.moe.router.score", "is 'tanh', but must be one of 'softmax', 'sigmoid'"),
+    (RouterConfig, {"renormalize": 1}, "model.moe.router.renormalize", "is 1, but must be true or false"),
+    (RouterConfig, {"num_groups": 2.0}, "model.moe.router.num_groups", "is 2.0, but must be a whole number"),
+    (BalanceConfig, {"scope": ["micro"]}, "model.moe.balance.scope", "is ['micro'], but must be one of 'global', 'micro'"),
+    (BalanceConfig, {"carry": "1"}, "model.moe.balance.carry", "is '1', but must be a number"),
+    (moe, {"top_k": True}, "model.moe.top_k", "is True, but must be a whole number"),
+    (moe, {"capacity_factor": "2"}, "model.moe.capacity_factor", "is '2', but must be a number or None"),
+    (moe, {"drop_policy": "last"}, "model.moe.drop_policy", "is 'last', but must be one of 'position', 'probability'"),
+    (moe, {"router": {"score": "softmax"}}, "model.moe.router", "is {'score': 'softmax'}, but must be a RouterConfig"),
+    (model, {"num_heads": None}, "model.num_heads", "is None, but must be a whole number"),
+    (model, {"qk_norm": None}, "model.qk_norm", "is None, but must be one of 'none', 'head', 'full'"),
+    (model, {"moe": 8}, "model.moe", "is 8, but must be a MoEConfig or None"),
+    (ParallelConfig, {"recompute": "full"}, "parallel.recompute", "is 'full', but must be one of 'none', 'selective'"),
+    (ParallelConfig, {"dp": 0.5}, "parallel.dp", "is 0.5, but must be a whole number or None"),
+    (ParallelConfig, {"timeout_s": math.inf}, "parallel.timeout_s", "is inf, but must be positive and finite"),
+    (RunSection, {"name": 3}, "run.name", "is 3, but must be a string"),
+    (SourceConfig, {"type": "csv"}, "data.sources.type", "is 'csv', but must be one of 'python-code', 'python-docs'"),
+    (DataConfig, {"sources": ["a"]}, "data.sources", "is ['a'], but must be a tuple, each element a SourceConfig"),
+    (OptimizerConfig, {"weight_decay": math.nan}, "train.optimizer.weight_decay", "is nan, but must not be negative"),
+    (TrainConfig, {"steps": 1.5}, "train.steps", "is 1.5, but must be a whole number or None"),
+    (TrainConfig, {"steps": 1, "grad_clip": math.nan}, "train.grad_clip", "is nan, but must be positive and finite"),
+    (TrainConfig, {"steps": 1, "eval_every": -1}, "train.eval_every", "is -1, but must not be negative"),
+    (CheckpointConfig, {"async_save": "yes"}, "checkpoint.async_save", "is 'yes', but must be true or false"),
+    (LogConfig, {"every": "10"}, "log.every", "is '10', but must be a whole number"),
+    (RunConfig, {"model": 1, "train": TrainConfig(steps=1)}, "model", "is 1, but must be a ModelConfig"),
+]
+
+
 def rule_id(rule: tuple[Any, dict[str, Any], str, str]) -> str:
     _, changes, where, _ = rule
     plain = [f"{name}={value}" for name, value in changes.items() if not isinstance(value, RouterConfig)]
@@ -122,10 +171,41 @@ def rule_id(rule: tuple[Any, dict[str, Any], str, str]) -> str:
 
 @pytest.mark.parametrize(("build", "changes", "where", "what"), RULES, ids=map(rule_id, RULES))
 def test_each_rule_names_the_setting_and_its_value(build: Build, changes: dict[str, Any], where: str, what: str) -> None:
-    # A rule may imply others (top_k above num_experts is also above every group's experts), but it is named first.
-    first = problems_of(build, **changes)[0]
-    assert first[0] == where
-    assert what in first[1]
+    [(found_where, found_what)] = problems_of(build, **changes)
+    assert found_where == where
+    assert what in found_what
+
+
+@pytest.mark.parametrize(("build", "changes", "where", "what"), WRONG_TYPES, ids=map(rule_id, WRONG_TYPES))
+def test_a_record_built_in_python_is_checked_like_a_file(build: Build, changes: dict[str, Any], where: str, what: str) -> None:
+    [(found_where, found_what)] = problems_of(build, **changes)
+    assert found_where == where
+    assert what in found_what
+
+
+def test_all_wrong_types_come_at_once() -> None:
+    found = problems_of(model, dim="64", tie_embeddings="no", qk_norm="both", moe={})
+    assert [where for where, _ in found] == ["model.dim", "model.qk_norm", "model.tie_embeddings", "model.moe"]
+
+
+def test_whole_numbers_are_numbers() -> None:
+    assert BalanceConfig(aux_loss_coeff=1) == BalanceConfig(aux_loss_coeff=1.0)
+
+
+@pytest.mark.parametrize(
+    ("build", "changes"),
+    [
+        (moe, {"top_k": 9}),
+        (moe, {"num_experts": 0}),
+        (moe, {"top_k": 0}),
+        (RouterConfig, {"num_groups": 0}),
+        (model, {"dense_ffn_dim": 0, "moe": None}),
+        (model, {"head_dim": 0}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_one_mistake_is_one_problem(build: Build, changes: dict[str, Any]) -> None:
+    assert len(problems_of(build, **changes)) == 1
 
 
 @pytest.mark.parametrize(
