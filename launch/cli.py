@@ -86,7 +86,9 @@ def _guarded(name: str, args: list[str]) -> int:
         if options.help:
             print(parser.format_help(), end="")
             return 0
-        return VERBS[name].run(options, flags)
+        code = VERBS[name].run(options, flags)
+        sys.stdout.flush()
+        return code
     except MoefoldError as error:
         rank = os.environ.get("RANK", "0")
         # Every rank reads the same configuration; one of them says what is wrong with it.

@@ -19,6 +19,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..moe.errors import ConfigError, Problem, TopologyError
@@ -34,15 +35,17 @@ if TYPE_CHECKING:
 
 Table = dict[str, Any]
 
-_WORDS = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a string",
-    "tuple_type": "a list",
-    "dataclass_type": "a table of settings",
-}
+_WORDS = MappingProxyType(
+    {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "string_type": "a string",
+        "tuple_type": "a list",
+        "dataclass_type": "a table of settings",
+    }
+)
 
 
 @dataclass(frozen=True)

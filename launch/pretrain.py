@@ -105,8 +105,9 @@ def _open_run(config: RunConfig, here: Rank, origins: Mapping[str, str] | None) 
     outcome: Any = None
     run: RunDir | None = None
     if here.rank == 0:
+        chosen = {path: origin for path, origin in (origins or {}).items() if origin != "default"}
         try:
-            run = RunDir.open_or_create(config.run, dump(config), extra={"settings_from": dict(origins or {})})
+            run = RunDir.open_or_create(config.run, dump(config), extra={"settings_from": chosen})
             run.lock()
             own = run.latest_checkpoint()
             decision = decide_resume(config.checkpoint.resume, own, run.used, config.checkpoint.init_from, run_dir=str(run.path))

@@ -214,7 +214,6 @@ def held_out(runs: Runs) -> str | None:
 
 PARTS = (
     ("data", "perf/data_wait_s"),
-    ("exposed communication", "perf/comm_s"),
     ("optimizer", "perf/optimizer_s"),
     ("checkpoint", "perf/checkpoint_s"),
     ("metrics", "perf/log_s"),

@@ -139,7 +139,12 @@ class Trainer:
         world = self.engine.mesh.topology.world
         rate = result.tokens / step_s
         flops = self.config.model.flops_per_token(self.config.data.seq_len) * rate / world
-        return {"perf/tokens_per_s": rate, "perf/tokens_per_s_gpu": rate / world, "perf/tflops_gpu": flops / 1e12}
+        values = {"perf/tokens_per_s": rate, "perf/tokens_per_s_gpu": rate / world, "perf/tflops_gpu": flops / 1e12}
+        device = self.engine.mesh.device
+        if device.type == "cuda" and self.config.train.precision == "bf16":
+            peak = peak_bf16_flops(torch.cuda.get_device_name(device))
+            values |= {"perf/mfu": flops / peak} if peak else {}
+        return values
 
     def _peak_memory_gib(self) -> float:
         device = self.engine.mesh.device
@@ -169,6 +174,14 @@ class Trainer:
         return result
 
 
+def peak_bf16_flops(device_name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a GPU by its name, from NVIDIA's data sheets; None where it is not known."""
+    for part, peak in (("H200", 989.4e12), ("H100 80GB HBM3", 989.4e12), ("H100 PCIe", 756e12), ("A100", 312e12)):
+        if part in device_name:
+            return peak
+    return None
+
+
 def load_metrics(result: StepResult, engine: Engine, domains: tuple[str, ...]) -> dict[str, Any]:
     """The `moe/` metrics of a step; empty for a dense model."""
     s = result.stats
@@ -194,6 +207,7 @@ def load_metrics(result: StepResult, engine: Engine, domains: tuple[str, ...]) -
     if biases:
         values["moe/bias_max"] = float(torch.stack(biases).max())
     if len(domains) > 1:
-        by_domain = load_ratio(s.counts_LDE)
-        values["moe/domain_load"] = {name: by_domain[:, d].tolist() for d, name in enumerate(domains)}
+        # a domain without tokens in this batch says nothing about its experts
+        present = [(d, name) for d, name in enumerate(domains) if s.counts_LDE[:, d].any()]
+        values["moe/domain_load"] = {name: load_ratio(s.counts_LDE[:, d]).tolist() for d, name in present}
     return values

@@ -17,8 +17,8 @@ def expert_capacity(valid_B: Tensor, config: MoEConfig) -> Tensor:
     same whatever the layout.
     """
     assert config.capacity_factor is not None
-    # As the fraction that was meant (1.1 is 11/10, not a little more): integers cannot round differently between devices. A larger
-    # factor than E changes nothing, because an expert takes a token once; without the bound it could overflow.
+    # As the fraction that was meant (1.1 is 11/10, not a little more): integers cannot round differently between devices.
+    # A factor above E changes nothing, because an expert takes a token once; without the bound it could overflow.
     factor = Fraction(min(config.capacity_factor, config.num_experts)).limit_denominator(10**6) or Fraction(1, 10**6)
     return -((-factor.numerator * config.top_k * valid_B) // (factor.denominator * config.num_experts))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,7 @@ class Model(nn.Module):
     @property
     def blocks(self) -> list[Block]:
         """The layers, typed."""
-        return [block for block in self.layers if isinstance(block, Block)]
+        return cast(list[Block], list(self.layers))
 
     def forward(
         self,

@@ -9,26 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def zero_tail(x_RN: Tensor, end: Tensor) -> Tensor:
+    """A copy with zeros from row `end` (a tensor) on; row-major, because grouped_mm takes no other strides."""
+    return x_RN.contiguous().masked_fill((torch.arange(x_RN.shape[0], device=x_RN.device) >= end)[:, None], 0)
+
+
 class _ZeroTail(torch.autograd.Function):
-    """Zero rows from `end` on, in both directions: grouped_mm leaves them uninitialised."""
+    """`zero_tail` in both directions: grouped_mm leaves these rows uninitialised."""
 
     @staticmethod
     def forward(ctx: Any, x_RN: Tensor, end: Tensor) -> Tensor:
         ctx.save_for_backward(end)
-        return x_RN.masked_fill((torch.arange(x_RN.shape[0], device=x_RN.device) >= end)[:, None], 0)
+        return zero_tail(x_RN, end)
 
     @staticmethod
     def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor, None]:
         (end,) = ctx.saved_tensors
-        return grad_RN.masked_fill((torch.arange(grad_RN.shape[0], device=grad_RN.device) >= end)[:, None], 0), None
+        return zero_tail(grad_RN, end), None
 
 
 def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor) -> Tensor:
     """As the public function, on grouped matrix products."""
     ends_E = counts_E.cumsum(0).to(torch.int32)
     x_RD = _ZeroTail.apply(x_RD, ends_E[-1])
-    pre_RG = F.grouped_mm(x_RD, w13_E2FD.flatten(1, 2).transpose(1, 2), offs=ends_E)
+    pre_RG = F.grouped_mm(x_RD, w13_E2FD.contiguous().flatten(1, 2).transpose(1, 2), offs=ends_E)
     pre_RG = _ZeroTail.apply(pre_RG, ends_E[-1])
     gate_RF, up_RF = pre_RG.chunk(2, dim=-1)
-    y_RD = F.grouped_mm(F.silu(gate_RF) * up_RF, w2_EDF.transpose(1, 2), offs=ends_E)
+    y_RD = F.grouped_mm(F.silu(gate_RF) * up_RF, w2_EDF.contiguous().transpose(1, 2), offs=ends_E)
     return _ZeroTail.apply(y_RD, ends_E[-1])

@@ -17,7 +17,7 @@ from helpers import GlooPool, run_threads
 from moefold.parallel import gradients
 from moefold.parallel.parity import ParityCase, RankTrace, RecordingEngine, Trace, make_batch, run_layout, run_reference
 from moefold.parallel.parity_compare import Difference, compare
-from moefold.parallel.parity_layouts import ACCUMULATIONS, LAYOUTS, VARIANTS, Layout, Planned, plan
+from moefold.parallel.parity_layouts import ACCUMULATIONS, LAYOUTS, VARIANTS, Planned, plan
 from moefold.parallel.sharding import Placement
 
 TOLERANCE = 1e-9

@@ -52,6 +52,12 @@ def wait_for(path: Path, text: str = "") -> str:
     raise AssertionError(f"{path} never said {text!r}")
 
 
+def end_session(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 # --- rendering ----------------------------------------------------------------------------------------------
 
 
@@ -203,11 +209,17 @@ def batch(config, bin_dir, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[0-1]")
 
+    jobs = []
+
     def start(srun):
         bin_dir("srun", f'record() {{ {sys.executable} record.py {done.run_dir} "$1"; }}\n{srun}')
-        return subprocess.Popen(["bash", str(done.run_dir / "submit.sbatch")], stdout=subprocess.PIPE, text=True)
+        command = ["bash", str(done.run_dir / "submit.sbatch")]
+        jobs.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True))
+        return jobs[-1]
 
-    return start
+    yield start
+    for job in jobs:
+        end_session(job)
 
 
 def test_the_warning_signal_reaches_srun_and_the_job_is_requeued(batch):
@@ -293,7 +305,5 @@ def test_a_nodes_workers_get_the_signal_and_its_script_their_exit_code(config, b
         node.send_signal(sent)
         assert node.wait(timeout=20) == 75
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
+        end_session(node)
     assert RunDir.open("run").status()["attempts"][0]["error"] == sent.name

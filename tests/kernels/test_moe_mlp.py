@@ -1,0 +1,129 @@
+"""moe_mlp: every back end against the specification, with empty experts, rows beyond the counts, and strided tensors."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from moefold.kernels.moe_mlp import Backend, choose_backend, moe_mlp
+from numeric import assert_same, with_gradients
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+D, F = 8, 16
+COUNTS = {
+    "no-rows": [0, 0, 0],
+    "one-expert": [11],
+    "one-takes-all": [0, 13, 0, 0],
+    "usual": [5, 1, 7, 3],
+    "empty-experts": [0, 4, 0, 0, 9, 0],
+    "one-row-each": [1] * 8,
+}
+BACKENDS = [
+    pytest.param("loop", torch.float64, 1e-13, id="loop-fp64"),
+    pytest.param("loop", torch.float32, 2e-6, id="loop-fp32"),
+    pytest.param("loop", torch.bfloat16, 2e-2, id="loop-bf16"),
+    pytest.param("grouped", torch.float32, 2e-6, id="grouped-fp32"),
+    pytest.param("grouped", torch.bfloat16, 2e-2, id="grouped-bf16"),
+]
+
+
+def tensors(counts: list[int], dtype: torch.dtype, extra_rows: int = 0) -> dict[str, Tensor]:
+    E, R = len(counts), sum(counts) + extra_rows
+    shapes = {"x_RD": (R, D), "w13_E2FD": (E, 2, F, D), "w2_EDF": (E, D, F)}
+    return {name: torch.randn(shape, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
+
+
+def run(backend: Backend, counts: list[int], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return with_gradients(partial(moe_mlp, counts_E=torch.tensor(counts), backend=backend), inputs)
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+@pytest.mark.parametrize("extra_rows", [0, 3], ids=["all-rows-used", "rows-beyond-the-counts"])
+@pytest.mark.parametrize(("backend", "dtype", "rtol"), BACKENDS)
+def test_equals_the_specification(backend: Backend, dtype: torch.dtype, rtol: float, counts: list[int], extra_rows: int) -> None:
+    inputs = tensors(counts, dtype, extra_rows)
+    # what bf16 loses is judged by the exact result for the same bf16 inputs
+    wide = torch.promote_types(dtype, torch.float32)
+    want = run("reference", counts, {name: x.to(wide) for name, x in inputs.items()})
+    got = run(backend, counts, inputs)
+    assert all(x.dtype == dtype for x in got.values())
+    assert_same({name: x.to(wide) for name, x in got.items()}, want, rtol)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "rtol"), BACKENDS)
+def test_rows_beyond_the_counts_may_hold_anything(backend: Backend, dtype: torch.dtype, rtol: float) -> None:
+    counts, inputs = [3, 0, 6], tensors([3, 0, 6], dtype, extra_rows=4)
+    want = run(backend, counts, inputs)
+    inputs["x_RD"][9:] = torch.nan
+    got = run(backend, counts, inputs)
+    assert_same(got, want)
+    assert not got["output"][9:].any()
+    assert not got["gradient of x_RD"][9:].any()
+
+
+@pytest.mark.parametrize(("backend", "dtype", "rtol"), BACKENDS)
+def test_gradients_that_come_back_beyond_the_counts_are_ignored(backend: Backend, dtype: torch.dtype, rtol: float) -> None:
+    inputs = {name: x.requires_grad_() for name, x in tensors([3, 0, 6], dtype, extra_rows=4).items()}
+    y_RD = moe_mlp(**inputs, counts_E=torch.tensor([3, 0, 6]), backend=backend)
+    clean_RD = torch.randn(y_RD.shape).to(dtype)
+    dirty_RD = clean_RD.clone()
+    dirty_RD[9:] = torch.nan
+    got, want = (
+        dict(zip(inputs, torch.autograd.grad(y_RD, list(inputs.values()), grad_RD, retain_graph=True), strict=True))
+        for grad_RD in (dirty_RD, clean_RD)
+    )
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "rtol"), BACKENDS)
+def test_strided_tensors(backend: Backend, dtype: torch.dtype, rtol: float) -> None:
+    counts, inputs = [4, 2, 5], tensors([4, 2, 5], dtype)
+    strided = {name: x.mT.contiguous().mT for name, x in inputs.items()}
+    assert not any(x.is_contiguous() for x in strided.values())
+
+    def transposed(**inputs: Tensor) -> Tensor:  # so that a strided gradient comes back
+        return moe_mlp(**inputs, counts_E=torch.tensor(counts), backend=backend).T
+
+    assert_same(with_gradients(transposed, strided), with_gradients(transposed, inputs), rtol)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "rtol"), BACKENDS)
+def test_reruns_are_bitwise_equal(backend: Backend, dtype: torch.dtype, rtol: float) -> None:
+    counts, inputs = [40, 0, 25, 63], tensors([40, 0, 25, 63], dtype)
+    first = run(backend, counts, inputs)
+    for _ in range(3):
+        assert_same(run(backend, counts, inputs), first)
+
+
+def test_the_gate_comes_first() -> None:
+    w13_E2FD = torch.tensor([2.0, 3.0]).view(1, 2, 1, 1)
+    y_RD = moe_mlp(torch.ones(1, 1), w13_E2FD, torch.full((1, 1, 1), 5.0), torch.tensor([1]))
+    assert y_RD.item() == pytest.approx(2 / (1 + torch.exp(torch.tensor(-2.0)).item()) * 3 * 5)
+
+
+def test_auto_takes_the_loop_on_cpu() -> None:
+    assert {choose_backend(torch.empty(0, D, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16)} == {"loop"}
+    counts, inputs = [2, 3], tensors([2, 3], torch.float64)
+    assert_same(run("auto", counts, inputs), run("loop", counts, inputs))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x_RD": (6, D + 1)},
+        {"w13_E2FD": (2, 3, F, D)},
+        {"w13_E2FD": (3, 2, F, D)},
+        {"w2_EDF": (2, F, D)},
+        {"w2_EDF": (2, D, F + 1)},
+        {"counts_E": (3,)},
+    ],
+    ids=lambda wrong: f"{next(iter(wrong))}-{next(iter(wrong.values()))}",
+)
+def test_shapes_that_do_not_fit_are_refused(wrong: dict[str, tuple[int, ...]]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"x_RD": (6, D), "w13_E2FD": (2, 2, F, D), "w2_EDF": (2, D, F), "counts_E": (2,)}
+    inputs = {name: torch.zeros(shape) for name, shape in (shapes | wrong).items()}
+    with pytest.raises(ValueError, match="do not fit each other"):
+        moe_mlp(**{**inputs, "counts_E": inputs["counts_E"].long()})

@@ -1,0 +1,210 @@
+"""Rows reach the ranks of their experts in the promised order, and come back to where they were, whatever the splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helpers import GlooPool, RankError, run_threads
+from moefold.kernels.permute import permute
+from moefold.kernels.sort_tokens import sort_tokens
+from moefold.parallel.all_to_all import AllToAllDispatcher, by_expert
+from moefold.parallel.collectives import exchange_rows
+from moefold.parallel.mesh import build_mesh
+from moefold.parallel.topology import Topology
+
+TOPOLOGIES = ((2, 2, 1), (2, 1, 2), (4, 4, 1), (4, 2, 1), (4, 2, 2), (4, 1, 2), (4, 1, 4), (8, 4, 2))
+"""(world, ep, etp)"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tokens of each rank and their experts: choice[rank][token] lists K different experts. spare: rows that do not travel."""
+
+    world: int
+    ep: int
+    etp: int
+    experts: int
+    choices: tuple[tuple[tuple[int, ...], ...], ...]
+    spare: int = 0
+
+    @property
+    def top_k(self) -> int:
+        return max((len(experts) for rank in self.choices for experts in rank), default=1)
+
+    def tokens(self, rank: int) -> Tensor:
+        """[T, 2]: source rank and token."""
+        return torch.tensor([[rank, t] for t in range(len(self.choices[rank]))], dtype=torch.float64).view(-1, 2)
+
+    def indices(self, rank: int) -> Tensor:
+        return torch.tensor(self.choices[rank], dtype=torch.int64).view(-1, self.top_k)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    world, ep, etp = draw(st.sampled_from(TOPOLOGIES))
+    experts = ep * draw(st.integers(1, 3))
+    top_k = draw(st.integers(1, min(3, experts)))
+    # few favourites make one expert hot and leave others without rows
+    favourites = draw(st.integers(top_k, experts))
+    token = st.permutations(range(favourites)).map(lambda order: tuple(order[:top_k]))
+    rank = st.lists(token, max_size=5).map(tuple)
+    choices = draw(st.tuples(*[rank] * world))
+    return Case(world, ep, etp, experts, choices, draw(st.integers(0, 2)))
+
+
+def expected_at_expert(case: Case, members: tuple[int, ...], expert: int) -> list[list[float]]:
+    """Rows of one expert by the promised order (source rank, token, k), told from the choices alone."""
+    rows = []
+    for source in members:
+        for token, chosen in enumerate(case.choices[source]):
+            rows += [[float(source), float(token)] for choice in chosen if choice == expert]
+    return rows
+
+
+def travel(rank: int, world: int, case: Case) -> None:
+    """Dispatch and combine on one rank; asserts what arrived, what came back, and the gradient."""
+    topology = Topology(world, ep=case.ep, etp=case.etp)
+    mesh = build_mesh(topology, torch.device("cpu"))
+    dispatcher = AllToAllDispatcher(mesh.ep_etp_group, case.ep, case.etp, case.experts)
+    order_R, row_TK, counts_E = sort_tokens(case.indices(rank), case.experts, None)
+    rows_RD = permute(case.tokens(rank), order_R, row_TK, None)
+    rows_RD = torch.cat([rows_RD, torch.full((case.spare, 2), torch.nan, dtype=torch.float64)]).requires_grad_()
+    sent = dispatcher.dispatch(rows_RD, counts_E)
+
+    members = topology.group_of("ep_etp", rank)
+    mine = topology.expert_range(mesh.coordinates.ep, case.experts)
+    expected = [expected_at_expert(case, members, expert) for expert in mine]
+    assert sent.counts_L.tolist() == [len(rows) for rows in expected]
+    assert sent.rows_XD.tolist() == [row for rows in expected for row in rows]
+
+    # each slice of an expert gives its share of the identity
+    back_RD = dispatcher.combine(sent.rows_XD / case.etp, sent)
+    travelled = rows_RD.shape[0] - case.spare
+    assert torch.equal(back_RD[:travelled], rows_RD[:travelled])
+    assert not back_RD[travelled:].any()
+    direction = torch.randn(back_RD.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    back_RD.backward(direction)
+    assert rows_RD.grad is not None
+    assert torch.equal(rows_RD.grad[:travelled], direction[:travelled])
+    assert not rows_RD.grad[travelled:].any()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+@example(case=Case(4, 4, 1, 8, ((), ((0, 1),), ((0, 7), (0, 3)), ())))
+@example(case=Case(4, 2, 2, 2, (((1,),) * 5, (), ((1,),), ((0,),))))
+@example(case=Case(2, 2, 1, 2, ((), ())))
+@example(case=Case(8, 4, 2, 4, (((3,),) * 4,) * 8, spare=1))
+def test_identity_experts_return_every_row(case: Case) -> None:
+    run_threads(travel, case.world, case)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("world", "ep", "etp"), [(2, 2, 1), (4, 2, 2), (8, 4, 2)])
+def test_identity_experts_return_every_row_on_processes(world: int, ep: int, etp: int, gloo_pool: GlooPool) -> None:
+    uneven = tuple(tuple(((r + t) % 4, 3 - (r + t) % 2) for t in range(r % 3) if (r + t) % 4 < 2) for r in range(world))
+    gloo_pool.run(travel, world, Case(world, ep, etp, 4, uneven, spare=1))
+
+
+def squares(rows_RD: Tensor, counts_E: Tensor, dispatcher: AllToAllDispatcher, slice_: int, weight_RD: Tensor) -> Tensor:
+    """A loss of this rank that depends on its rows through experts elsewhere, differently for each slice of an expert."""
+    sent = dispatcher.dispatch(rows_RD, counts_E)
+    return (dispatcher.combine(sent.rows_XD.square() * (slice_ + 1), sent) * weight_RD).sum()
+
+
+def gradient_against_differences(rank: int, world: int, case: Case) -> tuple[Tensor, Tensor]:
+    """(by autograd, by central differences) of the sum of all ranks' losses, with respect to this rank's rows."""
+    mesh = build_mesh(Topology(world, ep=case.ep, etp=case.etp), torch.device("cpu"))
+    dispatcher = AllToAllDispatcher(mesh.ep_etp_group, case.ep, case.etp, case.experts)
+    counts_E = sort_tokens(case.indices(rank), case.experts, None)[2]
+    generator = torch.Generator().manual_seed(rank)
+    rows_RD, weight_RD = torch.randn(2, int(counts_E.sum()) + case.spare, 2, dtype=torch.float64, generator=generator)
+    slice_ = mesh.coordinates.etp
+
+    def loss(rows: Tensor) -> float:
+        total = squares(rows, counts_E, dispatcher, slice_, weight_RD)
+        dist.all_reduce(total)
+        return float(total)
+
+    leaf = rows_RD.clone().requires_grad_()
+    squares(leaf, counts_E, dispatcher, slice_, weight_RD).backward()
+    sizes = [len(choices) * case.top_k + case.spare for choices in case.choices]
+    numeric, step = torch.zeros_like(rows_RD), 1e-3
+    # every rank takes part in each evaluation, but only the owner moves a value
+    for owner, rows in enumerate(sizes):
+        for index in range(2 * rows):
+            delta = torch.zeros_like(rows_RD)
+            if owner == rank:
+                delta.view(-1)[index] = step
+            difference = (loss(rows_RD + delta) - loss(rows_RD - delta)) / (2 * step)
+            if owner == rank:
+                numeric.view(-1)[index] = difference
+    assert leaf.grad is not None
+    return leaf.grad, numeric
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 2, 1, 4, (((0, 3), (1, 2)), ((3, 0),)), spare=1),
+        Case(4, 2, 2, 2, (((1,), (0,)), (), ((1,),), ((1,), (1,)))),
+        Case(4, 4, 1, 4, (((3, 0),), (), ((3, 1),), ((3, 0),))),
+    ],
+    ids=["ep2", "ep2-etp2", "ep4-hot"],
+)
+def test_gradients_equal_differences(case: Case) -> None:
+    for grad, numeric in run_threads(gradient_against_differences, case.world, case):
+        torch.testing.assert_close(grad, numeric, rtol=1e-8, atol=1e-9)
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=4))
+@settings(deadline=None, derandomize=True)
+def test_by_expert_is_a_stable_sort_of_blocks(blocks: list[list[int]]) -> None:
+    counts_NL = torch.tensor(blocks)
+    expert_X = torch.cat([torch.full((n,), e) for row in blocks for e, n in enumerate(row)])
+    index_X, inverse_X = by_expert(counts_NL, int(counts_NL.sum()))
+    assert torch.equal(index_X, torch.sort(expert_X, stable=True).indices)
+    assert torch.equal(index_X[inverse_X], torch.arange(len(expert_X)))
+
+
+SPLITS = {
+    "even": [[2, 2, 2], [2, 2, 2], [2, 2, 2]],
+    "ragged": [[0, 3, 1], [4, 0, 0], [2, 5, 1]],
+    "only-to-self": [[3, 0, 0], [0, 0, 0], [0, 0, 2]],
+    "nothing": [[0, 0, 0]] * 3,
+    "one-receives-all": [[0, 7, 0], [0, 1, 0], [0, 9, 0]],
+}
+
+
+def both_exchanges(rank: int, world: int, splits: list[list[int]], dtype: torch.dtype) -> tuple[Any, Any]:
+    send, receive = splits[rank], [splits[source][rank] for source in range(world)]
+    # a transposed view with rows to spare: neither contiguity nor an exact length is asked of the caller
+    x_RD = (torch.arange(3 * (sum(send) + 2)).view(3, -1) + 100 * rank).to(dtype).T
+    assert dist.group.WORLD is not None
+    ours = exchange_rows(x_RD, send, receive, dist.group.WORLD)
+    theirs = torch.empty(sum(receive), 3, dtype=dtype)
+    dist.all_to_all_single(theirs, x_RD[: sum(send)].contiguous(), receive, send)
+    return ours.tolist(), theirs.tolist()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64], ids=str)
+@pytest.mark.parametrize("splits", SPLITS.values(), ids=SPLITS.keys())
+def test_exchange_on_gloo_equals_its_all_to_all(splits: list[list[int]], dtype: torch.dtype, gloo_pool: GlooPool) -> None:
+    for ours, theirs in gloo_pool.run(both_exchanges, 3, splits, dtype):
+        assert ours == theirs
+
+
+def test_rows_in_order_of_arrival_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    unsorted = lambda counts_NL, total: (torch.arange(total), torch.arange(total))  # noqa: E731
+    monkeypatch.setattr("moefold.parallel.all_to_all.by_expert", unsorted)
+    with pytest.raises(RankError, match="AssertionError"):
+        run_threads(travel, 2, Case(2, 2, 1, 4, (((0, 1),), ((0, 1),))))
