@@ -92,7 +92,7 @@ def _guarded(name: str, args: list[str]) -> int:
     except MoefoldError as error:
         rank = os.environ.get("RANK", "0")
         # Every rank reads the same configuration; one of them says what is wrong with it.
-        if rank == "0" or not isinstance(error, ConfigError):
+        if not error.told and (rank == "0" or not isinstance(error, ConfigError)):
             print(f"{'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -106,7 +106,7 @@ def _guarded(name: str, args: list[str]) -> int:
         return error.code if isinstance(error.code, int) else 2
     except Exception as error:
         torch = sys.modules.get("torch")
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, MemoryError) and (torch is None or not isinstance(error, torch.OutOfMemoryError)):
             raise
         print(f"out of memory: {error}", file=sys.stderr)
         return 6
@@ -180,9 +180,16 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def _pretrain_options(parser: argparse.ArgumentParser) -> None:
+    _files(parser)
+    parser.add_argument("--resume", metavar="WHAT", help="auto, must, never, or a checkpoint; the same as --checkpoint.resume")
+
+
 def _pretrain(options: argparse.Namespace, flags: Flags) -> int:
     from .config import load
 
+    if options.resume is not None:
+        flags = {**flags, "checkpoint.resume": options.resume}
     loaded = load(*options.files, flags=flags)
     from .pretrain import pretrain
 
@@ -330,11 +337,11 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
         "pretrain": Verb(
             "train a model; under torchrun on all its ranks, alone in one process",
             (
-                "torchrun --nproc-per-node 4 -m moefold.launch.cli pretrain quickstart",
+                "torchrun --nproc-per-node 4 -m moefold.launch.pretrain quickstart",
                 "moefold pretrain quickstart --parallel.dp 1 --parallel.hsdp 1 --parallel.ep 1 --train.steps 50",
             ),
             _TRAINING,
-            _files,
+            _pretrain_options,
             _pretrain,
         ),
         "parity": Verb(

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 class MoefoldError(Exception):
     """Base of every error a user can cause or meet. `exit_code` is what the command line returns for it."""
 
-    exit_code = 1
+    exit_code: int = 1
+    told: bool = False
+    """Whether the user has been told of it, here or by another rank; the command line then says nothing more."""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .parity import RankTrace, Trace, assemble
+from .parity import Arrays, Piece, RankTrace, Trace, assemble
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,8 @@ def compare(reference: Trace, ranks: list[RankTrace]) -> list[Difference]:
     differences.append(_worst("expert_bias", biases))
     differences.append(Difference("between_ranks", *max(disagreement)))
     return differences
+
+
+def compare_tensors(quantity: str, reference: Arrays, ranks: Sequence[Mapping[str, Piece]]) -> Difference:
+    """Compare logical tensors with what the pieces of all ranks make up."""
+    return _worst(quantity, [(name, value, assemble([r[name] for r in ranks])[0]) for name, value in reference.items()])

@@ -190,8 +190,8 @@ class Planned:
         return f"{self.layout.name}-x{self.num_micro}-{self.variant.name}"
 
     def build(self, *, seed: int = 0) -> ParityCase:
-        # most of the time goes into 8 ranks with 4 micro-batches, where three updates show what five do
-        steps = 3 if self.layout.world * self.num_micro > 16 else 5
+        # most of the time goes into many ranks with many micro-batches, where three updates show what five do
+        steps = 3 if self.layout.world * self.num_micro > 8 else 5
         return self.variant.build(self.layout, self.num_micro, steps=steps, seed=seed)
 
 

@@ -16,6 +16,7 @@ import html
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import gcd, prod
+from types import MappingProxyType
 from typing import Any
 
 from ..moe.config import ModelConfig
@@ -29,36 +30,40 @@ EXPERT_DIMS = ("pp", "edp_replicate", "edp_shard", "ep", "etp")
 """Factors of the expert view, outermost first."""
 
 # Axis -> (view it belongs to, factors that vary inside one of its groups).
-_AXES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "world": (DENSE_DIMS, DENSE_DIMS),
-    "pp": (DENSE_DIMS, ("pp",)),
-    "dp": (DENSE_DIMS, ("dp_replicate", "dp_shard")),
-    "dp_replicate": (DENSE_DIMS, ("dp_replicate",)),
-    "dp_shard": (DENSE_DIMS, ("dp_shard",)),
-    "dp_cp": (DENSE_DIMS, ("dp_replicate", "dp_shard", "cp")),
-    "cp": (DENSE_DIMS, ("cp",)),
-    "tp": (DENSE_DIMS, ("tp",)),
-    "edp": (EXPERT_DIMS, ("edp_replicate", "edp_shard")),
-    "edp_replicate": (EXPERT_DIMS, ("edp_replicate",)),
-    "edp_shard": (EXPERT_DIMS, ("edp_shard",)),
-    "ep": (EXPERT_DIMS, ("ep",)),
-    "etp": (EXPERT_DIMS, ("etp",)),
-    "ep_etp": (EXPERT_DIMS, ("ep", "etp")),
-}
+_AXES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingProxyType(
+    {
+        "world": (DENSE_DIMS, DENSE_DIMS),
+        "pp": (DENSE_DIMS, ("pp",)),
+        "dp": (DENSE_DIMS, ("dp_replicate", "dp_shard")),
+        "dp_replicate": (DENSE_DIMS, ("dp_replicate",)),
+        "dp_shard": (DENSE_DIMS, ("dp_shard",)),
+        "dp_cp": (DENSE_DIMS, ("dp_replicate", "dp_shard", "cp")),
+        "cp": (DENSE_DIMS, ("cp",)),
+        "tp": (DENSE_DIMS, ("tp",)),
+        "edp": (EXPERT_DIMS, ("edp_replicate", "edp_shard")),
+        "edp_replicate": (EXPERT_DIMS, ("edp_replicate",)),
+        "edp_shard": (EXPERT_DIMS, ("edp_shard",)),
+        "ep": (EXPERT_DIMS, ("ep",)),
+        "etp": (EXPERT_DIMS, ("etp",)),
+        "ep_etp": (EXPERT_DIMS, ("ep", "etp")),
+    }
+)
 AXES = tuple(_AXES)
 """Every axis name that `Topology.groups` knows."""
 
-_TRAFFIC: Mapping[str, str] = {
-    "pp": "activations and their gradients, between neighbouring stages",
-    "dp_replicate": "gradients of dense weights (all-reduce, once per step)",
-    "dp_shard": "dense weights (all-gather) and their gradients (reduce-scatter)",
-    "cp": "keys and values of attention",
-    "tp": "activations of attention and dense FFN (all-gather, reduce-scatter); gradients of norms and routers",
-    "edp_replicate": "gradients of expert weights (all-reduce, once per step)",
-    "edp_shard": "expert weights (all-gather) and their gradients (reduce-scatter)",
-    "ep": "rows to their experts and back (all-to-all)",
-    "etp": "rows of one expert (all-gather, reduce-scatter)",
-}
+_TRAFFIC: Mapping[str, str] = MappingProxyType(
+    {
+        "pp": "activations and their gradients, between neighbouring stages",
+        "dp_replicate": "gradients of dense weights (all-reduce, once per step)",
+        "dp_shard": "dense weights (all-gather) and their gradients (reduce-scatter)",
+        "cp": "keys and values of attention",
+        "tp": "activations of attention and dense FFN (all-gather, reduce-scatter); gradients of norms and routers",
+        "edp_replicate": "gradients of expert weights (all-reduce, once per step)",
+        "edp_shard": "expert weights (all-gather) and their gradients (reduce-scatter)",
+        "ep": "rows to their experts and back (all-to-all)",
+        "etp": "rows of one expert (all-gather, reduce-scatter)",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)

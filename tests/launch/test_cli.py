@@ -91,9 +91,16 @@ def test_examples_of_help_are_understood(verb, answer, tmp_path, monkeypatch, ca
     if verb in results:
         answer(verb, results[verb])
     for example in VERBS[verb].examples:
-        words = shlex.split(example)
+        words = shlex.split(example.replace(f"-m moefold.launch.{verb} ", f"{verb} "))
         assert main(words[words.index(verb) :]) == 0, capsys.readouterr().err
         assert capsys.readouterr().out or verb == "pretrain"
+
+
+def test_resume_is_short_for_the_setting(answer, capsys):
+    calls = answer("pretrain", types.SimpleNamespace(exit_code=0))
+    assert main(["pretrain", "quickstart", "--resume", "must"]) == 0
+    [((config,), _)] = calls
+    assert config.checkpoint.resume == "must"
 
 
 def test_overview_without_a_verb_is_a_usage_error(capsys):
