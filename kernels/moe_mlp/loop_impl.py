@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
 
 
 def _segments(counts_E: Tensor) -> list[tuple[int, int, int]]:
@@ -28,34 +29,37 @@ class MoeMlpLoop(torch.autograd.Function):
     def forward(ctx: Any, x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor) -> Tensor:
         _, _, F, D = w13_E2FD.shape
         segments = _segments(counts_E)
-        end = segments[-1][2] if segments else 0
-        pre_RG = x_RD.new_empty(end, 2 * F)
-        y_RD = x_RD.new_empty(x_RD.shape[0], w2_EDF.shape[1])
-        y_RD[end:] = 0
+        y_RD = x_RD.new_empty(x_RD.shape[0], D)
+        y_RD[segments[-1][2] if segments else 0 :] = 0
+        # one small tensor per expert: memory that is used again and again, where one large tensor comes fresh from the system
+        pre_activations = []
         for e, lo, hi in segments:
-            pre_NG = torch.mm(x_RD[lo:hi], w13_E2FD[e].reshape(2 * F, D).T, out=pre_RG[lo:hi])
-            hidden_NF = torch.nn.functional.silu(pre_NG[:, :F]).mul_(pre_NG[:, F:])
+            pre_NG = torch.mm(x_RD[lo:hi], w13_E2FD[e].reshape(2 * F, D).T)
+            hidden_NF = silu(pre_NG[:, :F]).mul_(pre_NG[:, F:])
             torch.mm(hidden_NF, w2_EDF[e].T, out=y_RD[lo:hi])
-        ctx.save_for_backward(x_RD, w13_E2FD, w2_EDF, pre_RG)
+            pre_activations.append(pre_NG)
+        ctx.save_for_backward(x_RD, w13_E2FD, w2_EDF, *pre_activations)
         ctx.segments = segments
         return y_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, w13_E2FD, w2_EDF, pre_RG = ctx.saved_tensors
+        x_RD, w13_E2FD, w2_EDF, *pre_activations = ctx.saved_tensors
         F, D = w13_E2FD.shape[2:]
-        grad_x_RD = x_RD.new_empty(x_RD.shape)
-        grad_x_RD[pre_RG.shape[0] :] = 0
+        grad_x_RD = torch.empty_like(x_RD)
+        grad_x_RD[ctx.segments[-1][2] if ctx.segments else 0 :] = 0
         # row-major whatever the weights are, so that the products below can be written in place
-        grad_w13, grad_w2 = w13_E2FD.new_zeros(w13_E2FD.shape), w2_EDF.new_zeros(w2_EDF.shape)
-        for e, lo, hi in ctx.segments:
-            gate_NF, up_NF = pre_RG[lo:hi, :F], pre_RG[lo:hi, F:]
+        grad_w13, grad_w2 = w13_E2FD.new_empty(w13_E2FD.shape), w2_EDF.new_empty(w2_EDF.shape)
+        for e in set(range(len(grad_w2))).difference(e for e, _, _ in ctx.segments):
+            grad_w13[e], grad_w2[e] = 0, 0
+        for (e, lo, hi), pre_NG in zip(ctx.segments, pre_activations, strict=True):
+            gate_NF, up_NF = pre_NG[:, :F], pre_NG[:, F:]
             grad_hidden_NF = grad_RD[lo:hi] @ w2_EDF[e]
-            silu_NF = torch.nn.functional.silu(gate_NF)
-            grad_pre_NG = torch.empty_like(pre_RG[lo:hi])
+            silu_NF = silu(gate_NF)
+            grad_pre_NG = torch.empty_like(pre_NG)
             torch.mul(grad_hidden_NF, silu_NF, out=grad_pre_NG[:, F:])
-            grad_pre_NG[:, :F] = torch.ops.aten.silu_backward(grad_hidden_NF.mul_(up_NF), gate_NF)
+            torch.ops.aten.silu_backward.grad_input(grad_hidden_NF.mul_(up_NF), gate_NF, grad_input=grad_pre_NG[:, :F])
             torch.mm(grad_RD[lo:hi].T, silu_NF.mul_(up_NF), out=grad_w2[e])
             torch.mm(grad_pre_NG.T, x_RD[lo:hi], out=grad_w13[e].view(2 * F, D))
             torch.mm(grad_pre_NG, w13_E2FD[e].reshape(2 * F, D), out=grad_x_RD[lo:hi])

@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+# Rows handled at once on CPU: a block of them and its products stay in a core's cache.
+BLOCK_ROWS = 256
 
 
 def gather_sum(y_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None, kept_TK: Tensor | None) -> Tensor:
     """sum over k, in order, of weights_TK[t, k] * y_RD[row_TK[t, k]], accumulated in at least fp32."""
     wide = torch.promote_types(y_RD.dtype, torch.float32)
+    if y_RD.device.type == "cpu" and y_RD.dtype == wide and kept_TK is None and y_RD.numel():
+        # the same sums in the same order, without a pass over memory for each k
+        weights_TK = None if weights_TK is None else weights_TK.detach().to(wide)
+        return embedding_bag(row_TK, y_RD.detach(), mode="sum", per_sample_weights=weights_TK)
     out_TD = y_RD.new_zeros(row_TK.shape[0], y_RD.shape[1], dtype=wide)
     for k in range(row_TK.shape[1]):
         part_TD = y_RD.index_select(0, row_TK[:, k]).to(wide)
@@ -52,12 +60,16 @@ class Unpermute(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         y_RD, weights_TK, order_R, row_TK, kept_TK = ctx.saved_tensors
         wide = torch.promote_types(y_RD.dtype, torch.float32)
-        grad_RD = grad_TD.index_select(0, order_R // row_TK.shape[1])
-        # <dO, Y> of each row, in row order, then back to (token, k)
-        grad_weights_R = torch.linalg.vecdot(grad_RD.to(wide), y_RD.to(wide))
+        tokens_R, weights_R = order_R // row_TK.shape[1], weights_TK.flatten().index_select(0, order_R).to(wide)
+        grad_y_RD, grad_weights_R = torch.empty_like(y_RD), torch.empty_like(weights_R)
+        block = BLOCK_ROWS if y_RD.device.type == "cpu" else max(1, len(order_R))
+        for lo in range(0, len(order_R), block):
+            rows = slice(lo, lo + block)
+            grad_ND = grad_TD.index_select(0, tokens_R[rows]).to(wide)
+            torch.mul(grad_ND, weights_R[rows, None], out=grad_y_RD[rows])
+            torch.sum(grad_ND.mul_(y_RD[rows]), -1, out=grad_weights_R[rows])
+        # from row order back to (token, k)
         grad_weights_TK = grad_weights_R.index_select(0, row_TK.flatten()).view(row_TK.shape).to(weights_TK.dtype)
-        weights_R = weights_TK.flatten().index_select(0, order_R).to(wide)
-        grad_y_RD = (grad_RD * weights_R[:, None]).to(y_RD.dtype)
         if kept_TK is not None:
             grad_weights_TK.masked_fill_(~kept_TK, 0)
             grad_y_RD.masked_fill_(~kept_TK.flatten().index_select(0, order_R)[:, None], 0)

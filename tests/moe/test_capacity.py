@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moefold.moe.capacity import expert_capacity, keep_within_capacity
 from moefold.moe.config import MoEConfig, RouterConfig
+from moefold.moe.dispatch import Dispatched
 from moefold.moe.layer import MoELayer
 from numeric import assert_same, with_gradients
 
@@ -185,7 +186,7 @@ def test_capacity_for_all_is_dropless(policy: Policy, factor: float) -> None:
     x_BSD = torch.randn(3, 7, D, dtype=torch.float64)
     valid_BS = torch.arange(7) < torch.tensor([7, 4, 0])[:, None]
     for valid in (None, valid_BS):
-        assert_same(run(roomy, x_BSD, valid), run(dropless, x_BSD, valid))
+        assert_same(run(roomy, x_BSD, valid), run(dropless, x_BSD, valid), rtol=1e-14)
         assert not roomy(x_BSD, valid)[1].dropped_B.any()
 
 
@@ -210,6 +211,37 @@ def test_a_dropped_token_keeps_only_what_needs_no_place(policy: Policy, shared: 
     # the others get what they get without drops
     dropless = layer_like(layer, config(None, shared=shared))
     assert_same({"kept": y_BSD[~dropped_BS].detach()}, {"kept": dropless(x_BSD)[0][~dropped_BS].detach()}, rtol=1e-14)
+
+
+class Poison(torch.autograd.Function):
+    """NaN in all rows from `end` on, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, end: int) -> Tensor:
+        ctx.end = end
+        return torch.cat([rows_RD[:end], torch.full_like(rows_RD[end:], torch.nan)])
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return torch.cat([grad_RD[: ctx.end], torch.full_like(grad_RD[ctx.end :], torch.nan)]), None
+
+
+class PoisoningDispatcher:
+    """Rows that do not travel come back as NaN, and so do their gradients."""
+
+    def dispatch(self, rows_RD: Tensor, counts_E: Tensor) -> Dispatched:
+        return Dispatched(Poison.apply(rows_RD, int(counts_E.sum())), counts_E)
+
+    def combine(self, rows_XD: Tensor, dispatched: Dispatched) -> Tensor:
+        return Poison.apply(rows_XD, int(dispatched.counts_L.sum()))
+
+
+def test_rows_that_do_not_travel_leak_nowhere() -> None:
+    layer = layer_like(None, config(0.5, top_k=2))
+    x_BSD, valid_BS = torch.randn(2, 9, D, dtype=torch.float64), torch.arange(9) < torch.tensor([[9], [4]])
+    want = run(layer, x_BSD, valid_BS)
+    layer.dispatcher = PoisoningDispatcher()
+    assert_same(run(layer, x_BSD, valid_BS), want)
 
 
 def test_drops_are_counted_and_loads_are_not_changed_by_them() -> None:
