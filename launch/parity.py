@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,8 @@ MEANINGS = (
 
 @dataclass(frozen=True)
 class ParityResult:
-    """What `parity` found. differences: the largest relative difference of each quantity over steps, ranks and tensors."""
+    """What `parity` found. differences: the largest relative difference of each quantity over steps, ranks and tensors
+    (see `Difference`)."""
 
     world: int
     topology: Topology
@@ -114,9 +115,9 @@ class ParityResult:
 def parity(config: RunConfig, world: int) -> ParityResult:
     """Compare the layout of `config` on `world` ranks with one process, on a scaled-down model with all of its features.
 
-    Compared are loss, gradients, gradient norm, auxiliary terms, updates, and a checkpoint: saved by the layout, loaded into a new
-    engine of the same layout and trained one step further, and loaded by one process. A script that calls this needs the usual
-    `if __name__ == "__main__":`, as it starts processes.
+    Compared are loss, gradients, gradient norm, auxiliary terms, updates, and a checkpoint: saved by the layout, loaded into a
+    new engine of the same layout and trained one step further, and loaded by one process. A script that calls this needs the
+    usual `if __name__ == "__main__":`, as it starts processes.
 
     Raises:
         ConfigError: more than 16 ranks.
@@ -136,7 +137,7 @@ def parity(config: RunConfig, world: int) -> ParityResult:
 
     saved = {name: assemble([r.saved[name] for r in ranks])[0] for name in loaded}
     differences = [
-        *compare(reference, [r.trace for r in ranks]),
+        *compare(reference, [r.trace for r in ranks], TOLERANCE),
         compare_tensors("resumed", further.weights, [r.resumed.weights for r in ranks]),
         compare_tensors("loaded_alone", saved, [loaded]),
     ]
@@ -168,11 +169,12 @@ class RankResult:
 def on_rank(rank: int, world: int, case: ParityCase, degrees: dict[str, int], folder: str) -> RankResult:
     """One rank of the layout."""
     from ..parallel.parity import build_engine, run_steps
-    from .checkpoint import Checkpointer, parameter_shapes
+    from .checkpoint import Checkpointer
 
     engine = build_engine(case, degrees)
     trace = run_steps(engine, case, range(case.steps))
-    Checkpointer(Path(folder), keep=1, background=False).save(engine, {"shapes": parameter_shapes(engine)})
+    meta = {"model": asdict(case.model), "layout": engine.mesh.topology.to_dict(), "data": {}, "tokens": 0}
+    Checkpointer(Path(folder), keep=1, background=False).save(engine, meta)
     again = _loaded(case, degrees, folder)
     return RankResult(trace, _state(engine), run_steps(again, case, range(case.steps, case.steps + 1)))
 

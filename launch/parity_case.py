@@ -1,7 +1,7 @@
 """A user's configuration made small enough for processes on this machine, with every feature that could break parity kept.
 
-Sizes shrink (width, depth, experts, vocabulary, sequence); degrees of parallelism, accumulation, score functions, groups, balance,
-capacity, norms, tied embeddings and dense layers stay. The case has no documents, so `data.document_mask` has no part in it.
+Sizes shrink (width, depth, experts, vocabulary, sequence); degrees of parallelism, accumulation, score functions, groups,
+balance, capacity, norms, tied embeddings and dense layers stay. The case has no documents (`data.document_mask`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ STEPS = 3
 def parity_case(config: RunConfig, topology: Topology) -> ParityCase:
     """The small float64 case of a configuration on a topology that it fits (see `check_model`).
 
-    Masked positions are random, and differ between sequences, so that ranks hold unequal numbers of valid tokens. The learning rate
-    is large, so that a wrong update is far above rounding.
+    Masked positions are random, and differ between sequences, so that ranks hold unequal numbers of valid tokens. The learning
+    rate is large, so that a wrong update is far above rounding.
     """
     from ..parallel.engine import OptimizerSettings
     from ..parallel.parity import ParityCase

@@ -76,6 +76,7 @@ class AllToAllDispatcher:
     def dispatch(self, rows_RD: Tensor, counts_E: Tensor) -> Dispatched:
         """Exchange counts, then rows. Every rank takes part, whether or not it has rows."""
         counts_PL = counts_E.view(self.ep, 1, -1).expand(-1, self.etp, -1).reshape(self.ep * self.etp, self.local_experts)
+        counts_PL = counts_PL.contiguous()  # with one expert-parallel rank the copies are a view without strides
         received_PL = torch.empty_like(counts_PL)
         dist.all_to_all_single(received_PL, counts_PL, group=self.group)
         # the one host synchronisation of the layer: the transport needs the split sizes

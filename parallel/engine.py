@@ -122,7 +122,8 @@ class Engine:
         exact_LE = self._exact_counts(batches)
         self.balancer.start_step(len(batches), exact_LE)
         sums = StepSums(self.mesh, self.num_domains)
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            self._sum_over_replicas(index == len(batches) - 1)
             self._forward_backward(batch, tokens, sums)
         complete_gradients(self.parameters, self.mesh)
         norm = gradient_norm(self.parameters, self.mesh)
@@ -133,6 +134,13 @@ class Engine:
         model_s = time.perf_counter() - start_s
         self._update(norm, lr, stats)
         return StepResult(loss, grad_norm, tokens, stats, model_s, time.perf_counter() - start_s - model_s, stats.vote)
+
+    def _sum_over_replicas(self, now: bool) -> None:
+        """Whether the next backward adds gradients over replicas; once per step is enough, on its last micro-batch."""
+        if self.mesh.topology.hsdp > 1:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_requires_all_reduce(now, recurse=False)
 
     def _forward_backward(self, batch: MicroBatch, tokens: int, sums: StepSums) -> None:
         terms: list[Tensor] = []

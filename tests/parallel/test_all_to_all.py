@@ -108,7 +108,7 @@ def test_identity_experts_return_every_row(case: Case) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("world", "ep", "etp"), [(2, 2, 1), (4, 2, 2), (8, 4, 2)])
+@pytest.mark.parametrize(("world", "ep", "etp"), [(2, 2, 1), (2, 1, 2), (4, 2, 2), (8, 4, 2)])
 def test_identity_experts_return_every_row_on_processes(world: int, ep: int, etp: int, gloo_pool: GlooPool) -> None:
     uneven = tuple(tuple(((r + t) % 4, 3 - (r + t) % 2) for t in range(r % 3) if (r + t) % 4 < 2) for r in range(world))
     gloo_pool.run(travel, world, Case(world, ep, etp, 4, uneven, spare=1))
