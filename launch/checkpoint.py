@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -97,7 +98,7 @@ class Checkpointer:
         self.group = dist.new_group(backend="gloo")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._on_disk: int | None = None
 
     def save(self, engine: Engine, meta: Mapping[str, Any]) -> None:
@@ -122,8 +123,8 @@ class Checkpointer:
             self.wait()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait for the save under way, if any, for at most `timeout_s`. Raises CheckpointError on every rank if it failed; earlier
-        checkpoints are untouched."""
+        """Wait for the save under way, if any, for at most `timeout_s`. Raises CheckpointError, on every rank, if it failed;
+        earlier checkpoints are untouched."""
         if self._thread is not None:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -141,7 +142,7 @@ class Checkpointer:
             files = self._all(lambda: _described(sorted(aside.glob(f"__{self.rank}_*"))))
             merged = {name: entry for part in files for name, entry in part.items()}
             self._all(lambda: self._complete(aside, meta, merged) if self.rank == 0 else None)
-        except Exception as error:
+        except BaseException as error:  # the thread has nobody else to tell
             self._error = error
             if self.rank == 0:
                 # what is left would fill the disk further
@@ -150,11 +151,11 @@ class Checkpointer:
     def _all(self, work: Callable[[], T]) -> list[T]:
         """`work()` of every rank; raises CheckpointError on all ranks if any of them fails."""
         mine: tuple[T | None, str | None]
-        cause: Exception | None = None
+        cause: BaseException | None = None
         try:
             mine = (work(), None)
-        except Exception as error:
-            cause, mine = error, (None, f"rank {self.rank}: {_reason(error)}")
+        except (Exception, CheckpointException) as error:
+            cause, mine = error, (None, f"rank {_origin(error, self.rank)}: {_reason(error)}")
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, mine, group=self.group)
         problem = next((text for _, text in everyone if text is not None), None)
@@ -175,7 +176,9 @@ class Checkpointer:
             raise CheckpointError(f"{len(missing)} tensors were not written, the first is {missing[0]}")
         hidden = [n for n, (size, _) in files.items() if not (aside / n).is_file() or (aside / n).stat().st_size != size]
         if hidden:
-            raise CheckpointError(f"rank 0 does not see {hidden[0]}: the run directory must be on a file system that all nodes share")
+            raise CheckpointError(
+                f"rank 0 does not see {hidden[0]}: the run directory must be on a file system that all nodes share"
+            )
         meta = {**meta, "files": {**files, **_described([aside / ".metadata"])}}
         write_json(aside / "complete.json", {**meta, "crc32": _crc_of(meta)})
         target = self.folder / f"step-{meta['step']:08d}"
@@ -189,7 +192,12 @@ class Checkpointer:
             _remove(old)
 
     def load(
-        self, path: Path, engine: Engine, *, weights_only: bool = False, accept: Callable[[Mapping[str, Any]], str | None] | None = None
+        self,
+        path: Path,
+        engine: Engine,
+        *,
+        weights_only: bool = False,
+        accept: Callable[[Mapping[str, Any]], str | None] | None = None,
     ) -> Restored:
         """Load a checkpoint of any layout into `engine`, in place. Collective.
 
@@ -225,7 +233,9 @@ class Checkpointer:
         problem: str | None = None
         try:
             meta = _read(path)
-            problem = self._damage(path, meta["files"]) or _other_model(meta, engine, weights_only) or (accept and accept(meta)) or None
+            problem = (
+                self._damage(path, meta["files"]) or _other_model(meta, engine, weights_only) or (accept and accept(meta)) or None
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"complete.json cannot be read ({type(error).__name__}: {error}); it is not a complete moefold checkpoint"
         problems: list[str | None] = [None] * self.world
@@ -248,11 +258,15 @@ class Checkpointer:
         return None
 
 
+def _origin(error: BaseException, rank: int) -> int:
+    """The rank that an error comes from; torch's CheckpointException, raised on every rank, carries it."""
+    return min(error.failures) if isinstance(error, CheckpointException) else rank
+
+
 def _reason(error: BaseException) -> str:
-    """Type and first line of the error that started it; torch's collective errors hide it among their causes."""
-    inner = getattr(error, "failures", None)
-    if inner:
-        return _reason(next(iter(inner.values()))[0])
+    """Type and first line of the error itself."""
+    if isinstance(error, CheckpointException):
+        error = error.failures[min(error.failures)][0]
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 

@@ -193,15 +193,24 @@ def _pretrain(options: argparse.Namespace, flags: Flags) -> int:
     loaded = load(*options.files, flags=flags)
     from .pretrain import pretrain
 
-    def start() -> int:
-        return pretrain(loaded.config, origins=dict(loaded.origins)).exit_code
+    def start() -> int | MoefoldError:
+        try:
+            return pretrain(loaded.config, origins=dict(loaded.origins)).exit_code
+        except MoefoldError as error:
+            return error
 
+    outcome: int | MoefoldError | None
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        # Under torchrun: the first failing worker's traceback is then shown in the launcher's summary.
+        # Under torchrun: the traceback of a worker that failed unexpectedly is then shown in the launcher's summary. A named
+        # error passes by it: it is told once, without a traceback.
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        return record(start)() or 0
-    return start()
+        outcome = record(start)()
+    else:
+        outcome = start()
+    if isinstance(outcome, MoefoldError):
+        raise outcome
+    return outcome or 0
 
 
 def _parity_options(parser: argparse.ArgumentParser) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..kernels.moe_mlp import choose_backend
-from ..moe.errors import CheckpointError, MoefoldError, Problem, TopologyError
+from ..moe.errors import CheckpointError, DataError, MoefoldError, NumericsError, Problem, TopologyError
 from ..parallel.apply import compute_dtype
 from ..parallel.engine import Engine, OptimizerSettings
 from ..parallel.mesh import Mesh, build_mesh
@@ -22,14 +23,27 @@ from ..parallel.topology import Topology
 from .checkpoint import Checkpointer
 from .config import Loaded, check_world, dump
 from .data.bigram import baseline
+from .data.documents import Problems, label, list_files
+from .data.indexed import IndexedTokens, stem
 from .data.loader import Data, open_data
+from .data.tokenizer import load_tokenizer
 from .evaluate import Evaluation, sample_text
 from .metrics import Sinks
-from .process import Rank, StopRequest, as_named, choose_device, joined, record_failure
+from .process import Crew, PeerFailedError, Rank, StopRequest, as_named, choose_device, is_secondary, joined, record_failure
 from .resume import Decision, decide_resume
-from .rundir import RunDir, write_atomic
-from .settings import RunConfig
+from .rundir import RunDir, state_of, write_atomic
+from .settings import DataConfig, RunConfig
 from .train import Trainer
+
+MAY_CHANGE = (
+    "model.moe.balance.",
+    "model.moe.capacity_factor:",
+    "model.moe.drop_policy:",
+    "model.moe.dispatcher:",
+    "model.init_std:",
+    "model.max_seq_len:",
+)
+"""Settings of the model that a resumed run may have other values of: how it is trained, not what it computes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,8 @@ def check_topology(config: RunConfig, here: Rank, origins: Mapping[str, str] | N
     try:
         return check_world(Loaded(config, origins or {}), here.world)
     except TopologyError as error:
-        if here.launched:
+        p = config.parallel
+        if here.launched or max(p.dp or 1, p.hsdp, p.tp, p.ep, p.etp) == 1:
             raise
         hint = "is 1: this process was not started by torchrun; use `torchrun --nproc-per-node N -m moefold.launch.pretrain ...`"
         raise TopologyError([*error.problems, Problem("world", hint)]) from error
@@ -60,74 +75,105 @@ def pretrain(config: RunConfig, *, origins: Mapping[str, str] | None = None) -> 
         origins: where each setting came from (of `launch.config.load`), kept in origin.json.
 
     Raises:
-        MoefoldError: the same on every rank where the cause is common; see moe/errors.py. What ended the run is also in status.json.
+        MoefoldError: the same on every rank where the cause is common; see moe/errors.py. status.json says what ended the run.
+        PeerFailedError: another rank ended the run.
     """
     here = Rank.here()
     topology = check_topology(config, here, origins)
-    device = choose_device(config.train.device, here.local_rank)
+    device = choose_device(config.train.device, here)
     with joined(here, device, timeout_s=config.parallel.timeout_s, threads=config.train.threads), StopRequest() as stop:
-        run, decision = _open_run(config, here, origins)
+        crew = Crew()
+        run, decision = _open_run(config, crew, origins)
         try:
-            result = _train(config, topology, device, here, run, decision, stop)
+            result = _train(config, topology, device, crew, run, decision, stop)
+            if crew.rank == 0:
+                run.finish_attempt(state_of(result.exit_code))
+                _finish_report(config, run)
+            crew.wait()
+            return result
         except BaseException as error:
-            named = as_named(error)
-            _tell_failure(run, here, named)
-            if named is error:
-                raise
-            raise named from error
-        if here.rank == 0:
-            state = "completed" if result.exit_code == 0 else "interrupted" if result.exit_code == 130 else "preempted"
-            run.finish_attempt(state)
-            _finish_report(config, run)
+            raise _recorded(run, crew, as_named(error)) from error
+        finally:
             run.unlock()
-        dist.barrier()
-        return result
 
 
-def _tell_failure(run: RunDir, here: Rank, error: BaseException) -> None:
-    """Have the first cause of all ranks in status.json, and say it once."""
-    code, message = record_failure(run, here, error)
-    if here.rank == 0:
-        print(f"run failed (exit code {code}): {message}\nlogs: {run.logs()}", file=sys.stderr, flush=True)
-        run.unlock()
+def _recorded(run: RunDir, crew: Crew, error: BaseException) -> BaseException:
+    """Have the first cause of all ranks in status.json, say it once, and return the error that this rank ends with."""
+    failure = record_failure(run, crew, error)
+    if failure.recorded_here:
+        text = f"run failed (exit code {failure.exit_code}): {failure.message}\nlogs: {run.logs()}"
+        print(text, file=sys.stderr, flush=True)
+    if is_secondary(error):
+        error = PeerFailedError(failure.message, failure.exit_code)
+    if isinstance(error, MoefoldError):
+        error.told = True
+    return error
 
 
-def _share(value: object) -> Any:
-    """Rank 0's value on every rank."""
-    box = [value]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+def _open_run(config: RunConfig, crew: Crew, origins: Mapping[str, str] | None) -> tuple[RunDir, Decision]:
+    """Rank 0 makes or opens, and locks, the run directory and decides what to start from; all ranks get its answer or its error.
+
+    What can be checked without a directory is checked first, so that a run that cannot start leaves none.
+    """
+    opened: list[RunDir] = []
+
+    def open_first() -> tuple[str, Decision]:
+        check_sources(config.data)
+        c, section = config.checkpoint, config.run
+        exists = section.dir is not None and (Path(section.dir) / "status.json").is_file()
+        if not exists:
+            decision = decide_resume(c.resume, None, False, c.init_from, run_dir=section.dir or "the new run directory")
+        text = dump(config)
+        run = RunDir.open_or_create(section, text, extra={"settings_from": dict(origins or {})})
+        run.lock()
+        opened.append(run)
+        if exists:
+            decision = decide_resume(c.resume, run.latest_checkpoint(), run.used, c.init_from, run_dir=str(run.path))
+        run.start_attempt(crew.world)
+        _renew_config(run, text)
+        return str(run.path), decision
+
+    try:
+        path, decision = crew.from_first(open_first)
+    except BaseException:
+        for run in opened:
+            run.unlock()
+        raise
+    return opened[0] if opened else RunDir(path), decision
 
 
-def _open_run(config: RunConfig, here: Rank, origins: Mapping[str, str] | None) -> tuple[RunDir, Decision]:
-    """Rank 0 makes or opens, and locks, the run directory and decides what to start from; all ranks get its answer or its error."""
-    outcome: Any = None
-    run: RunDir | None = None
-    if here.rank == 0:
-        chosen = {path: origin for path, origin in (origins or {}).items() if origin != "default"}
+def _renew_config(run: RunDir, text: str) -> None:
+    """Rank 0: have config.toml say what the newest attempt runs with, each attempt's own in its log folder, and tell the changes."""
+    for line in changes("", tomllib.loads(run.config.read_text()), tomllib.loads(text), ("before", "now")):
+        print(f"changed: {line}", flush=True)
+    for path in (run.logs() / "config.toml", run.config):
+        write_atomic(path, text)
+
+
+def check_sources(config: DataConfig) -> None:
+    """Raise DataError with everything that is wrong with the paths of the data, before anything is read or written."""
+    problems = Problems()
+    try:
+        load_tokenizer(config.tokenizer)
+    except DataError as error:
+        problems.add("data.tokenizer", str(error))
+    for source in config.sources:
         try:
-            run = RunDir.open_or_create(config.run, dump(config), extra={"settings_from": chosen})
-            run.lock()
-            own = run.latest_checkpoint()
-            decision = decide_resume(config.checkpoint.resume, own, run.used, config.checkpoint.init_from, run_dir=str(run.path))
-            run.start_attempt(here.world)
-            outcome = (str(run.path), decision)
-        except MoefoldError as error:
-            outcome = error
-    outcome = _share(outcome)
-    if isinstance(outcome, MoefoldError):
-        if run is not None:
-            run.unlock()
-        raise outcome
-    path, decision = outcome
-    return run or RunDir(path), decision
+            if source.type != "indexed":
+                list_files(source, problems)
+            elif source.path is not None:
+                IndexedTokens(stem(os.path.expanduser(source.path)))
+        except DataError as error:
+            problems.add(label(source), str(error))
+        except OSError as error:
+            problems.add(label(source), f"{error.filename or source.path}: {error.strerror or error}")
+    problems.raise_if()
 
 
 def _train(
-    config: RunConfig, topology: Topology, device: torch.device, here: Rank, run: RunDir, decision: Decision, stop: StopRequest
+    config: RunConfig, topology: Topology, device: torch.device, crew: Crew, run: RunDir, decision: Decision, stop: StopRequest
 ) -> RunResult:
-    say = _Console(here.rank == 0)
+    say = _Console(crew.rank == 0)
     say(f"run: {run.path}\n{decision.message}\n{topology}")
     data = open_data(
         config.data,
@@ -135,8 +181,8 @@ def _train(
         global_batch=config.train.global_batch,
         cache_dir=run.path / "data",
         eval_batches=config.train.eval_batches,
-        is_writer=here.rank == 0,
-        share=_share,
+        is_writer=crew.rank == 0,
+        share=crew.share,
         progress=say,
     )
     mesh = build_mesh(topology, device, config.parallel.timeout_s)
@@ -148,7 +194,7 @@ def _train(
     sinks = Sinks(
         run.metrics,
         total_steps=config.train.total_steps(config.data.seq_len),
-        rank=here.rank,
+        rank=crew.rank,
         attempt=run.attempt,
         start_step=engine.step,
         tensorboard_dir=run.tensorboard if config.log.tensorboard else None,
@@ -158,21 +204,48 @@ def _train(
     try:
         evaluation = trainer.run()
         done = engine.step >= config.train.total_steps(config.data.seq_len)
-        if done and evaluation is not None:
-            _compare_with_bigram(data, evaluation, engine.step, sinks, here, say)
-        if done and config.train.sample_tokens:
-            text = sample_text(
-                engine, data, length=config.train.sample_tokens, seq_len=config.data.seq_len, seed=config.train.seed
-            )
-            if here.rank == 0:
-                write_atomic(run.path / "sample.txt", text)
-            say(f"sample:\n{text}")
+        if done:
+            _finish(config, engine, data, run, evaluation, sinks, crew, say)
+        checkpointer.wait()
+    except BaseException as error:
+        _end_save(checkpointer, error)
+        raise
     finally:
         sinks.close()
-    checkpointer.wait()
     say(f"checkpoint: {run.latest_checkpoint()}")
-    code = 0 if done else int(_share(stop.exit_code if stop.signal is not None else 75))
+    code = 0 if done else int(crew.share(stop.exit_code if stop.signal is not None else 75))
     return RunResult(run.path, code, engine.step, evaluation)
+
+
+def _end_save(checkpointer: Checkpointer, error: BaseException) -> None:
+    """Let a save under way complete after a failure: it holds good state. Without its peers it cannot, so not for ever."""
+    common = isinstance(error, NumericsError)
+    try:
+        checkpointer.wait(None if common else 0.0 if is_secondary(error) else 20.0)
+    except CheckpointError as late:
+        error.add_note(str(late))
+
+
+def _finish(
+    config: RunConfig,
+    engine: Engine,
+    data: Data,
+    run: RunDir,
+    evaluation: Evaluation | None,
+    sinks: Sinks,
+    crew: Crew,
+    say: _Console,
+) -> None:
+    """After the last step: a sample of text, and the bigram model that the held-out loss is compared with."""
+    length, seq_len = config.train.sample_tokens, config.data.seq_len
+    if length:
+        text = sample_text(engine, data, length=length, seq_len=seq_len, seed=config.train.seed)
+        if crew.rank == 0:
+            write_atomic(run.path / "sample.txt", text)
+        say(f"sample:\n{text}")
+    # last, because rank 0 may be at it for longer than a collective may take
+    if evaluation is not None:
+        _compare_with_bigram(data, evaluation, engine.step, sinks, crew, say)
 
 
 def _build_engine(config: RunConfig, mesh: Mesh, num_domains: int) -> Engine:
@@ -201,27 +274,45 @@ def _data_identity(config: RunConfig, data: Data) -> dict[str, Any]:
 
 
 def _restore(engine: Engine, checkpointer: Checkpointer, decision: Decision, meta: Mapping[str, Any], say: _Console) -> int:
-    """Load what the decision says; returns the tokens trained so far. Raises CheckpointError where the data is another one."""
+    """Load what the decision says; returns the tokens trained so far. Raises CheckpointError, with nothing loaded, where
+    a resumed run would go on with another model or other data."""
     if decision.kind == "fresh":
         return 0
     assert decision.path is not None
-    restored = checkpointer.load(decision.path, engine, weights_only=decision.kind == "init")
     if decision.kind == "init":
+        restored = checkpointer.load(decision.path, engine, weights_only=True)
+        for line in changes("model", restored.meta["model"], meta["model"]):
+            say(f"note: {line}")
         return 0
-    changed = [
-        f"data.{key}: {restored.meta['data'].get(key)} there, {value} here"
-        for key, value in meta["data"].items()
-        if restored.meta["data"].get(key) != value
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{decision.path} was trained on other data, so its position means nothing here:\n  "
-            + "\n  ".join(changed)
-            + "\nuse the same [data] and train.global_batch, or start a new run with checkpoint.init_from"
-        )
-    if restored.meta["layout"] != meta["layout"]:
-        say(f"layout of the checkpoint: {restored.meta['layout']}")
+    restored = checkpointer.load(decision.path, engine, accept=lambda theirs: other_run(theirs, meta))
+    for line in changes("model", restored.meta["model"], meta["model"]) + changes(
+        "layout", restored.meta["layout"], meta["layout"]
+    ):
+        say(f"changed: {line}")
     return int(restored.meta["tokens"])
+
+
+def changes(where: str, theirs: Any, ours: Any, words: tuple[str, str] = ("in the checkpoint", "here")) -> list[str]:
+    """How two nested tables differ, one line for each value; `words` say where the values are."""
+    if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
+        return [] if theirs == ours else [f"{where}: {theirs} {words[0]}, {ours} {words[1]}"]
+    keys = [*theirs, *(key for key in ours if key not in theirs)]
+    return [line for key in keys for line in changes(f"{where}.{key}".lstrip("."), theirs.get(key), ours.get(key), words)]
+
+
+def other_run(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """Why a run must not go on from a checkpoint: what its model computes, or the order of samples, would change at its step."""
+    model = [line for line in changes("model", theirs["model"], ours["model"]) if not line.startswith(MAY_CHANGE)]
+    data = changes("data", theirs["data"], ours["data"])
+    reasons = []
+    if model:
+        reasons.append("it was trained as another model:\n  " + "\n  ".join(model))
+    if data:
+        reasons.append("it was trained on other data, so its position means nothing here:\n  " + "\n  ".join(data))
+    if not reasons:
+        return None
+    way_out = "use the same [model], [data] and train.global_batch, or start a new run with checkpoint.init_from"
+    return "\n".join([*reasons, way_out])
 
 
 def _first_screen(config: RunConfig, engine: Engine, data: Data, say: _Console) -> None:
@@ -237,8 +328,8 @@ def _first_screen(config: RunConfig, engine: Engine, data: Data, say: _Console) 
         say("warning: nothing balances the experts (aux_loss_coeff = 0 and expert_bias = false)")
 
 
-def _compare_with_bigram(data: Data, evaluation: Evaluation, step: int, sinks: Sinks, here: Rank, say: _Console) -> None:
-    if here.rank != 0:
+def _compare_with_bigram(data: Data, evaluation: Evaluation, step: int, sinks: Sinks, crew: Crew, say: _Console) -> None:
+    if crew.rank != 0:
         return
     bigram = baseline(data)
     sinks.write("eval", step, {**evaluation.metrics(), "eval/bigram_bits_per_byte": bigram.bits_per_byte})

@@ -134,10 +134,10 @@ class Crew:
                 failed = error if isinstance(error, MoefoldError) else None
                 self.share((None, failed or PeerFailedError(f"rank 0: {type(error).__name__}: {error}")))
                 raise
-        value, error = self.share(outcome)
-        if error is not None:
-            error.told = True
-            raise error
+        value, problem = self.share(outcome)
+        if problem is not None:
+            problem.told = True
+            raise problem
         return value
 
     def wait(self) -> None:
@@ -159,7 +159,7 @@ def _alive(pid: int) -> bool:
 
 
 class StopRequest:
-    """Remembers that somebody asked the job to stop: a scheduler (TERM, USR1, USR2) or a person (INT; a second one ends at once)."""
+    """Remembers that the job was asked to stop: by a scheduler (TERM, USR1, USR2) or a person (INT; the second ends at once)."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ..moe.stats import drop_fraction, load_ratio, load_stats
 from ..parallel.engine import Engine, MicroBatch, StepResult
 from ..parallel.optimizer import learning_rate
-from .checkpoint import Checkpointer, parameter_shapes
+from .checkpoint import Checkpointer
 from .data.loader import Data, Prefetcher
 from .evaluate import Evaluation, evaluate, micro_batch
 from .metrics import Sinks
@@ -70,7 +70,8 @@ class Trainer:
                 step = self.engine.step
                 if step % c.log.every == 0 or step == total:
                     self.log(result)
-                if result.vote:
+                # after the last step there is nothing to stop: the rest is short
+                if result.vote and step < total:
                     self.save()
                     return None
                 if c.checkpoint.every and step % c.checkpoint.every == 0 and step < total:
@@ -161,8 +162,7 @@ class Trainer:
     def save(self) -> None:
         """Start a checkpoint of the current step."""
         start_s = time.perf_counter()
-        meta = {**self.meta, "tokens": self.tokens, "shapes": parameter_shapes(self.engine)}
-        self.checkpointer.save(self.engine, meta)
+        self.checkpointer.save(self.engine, {**self.meta, "tokens": self.tokens})
         self.times.checkpoint += time.perf_counter() - start_s
 
     def evaluate(self) -> Evaluation | None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,7 @@ from moefold.launch.rundir import RunDir
 from moefold.launch.settings import RunConfig
 from moefold.moe.errors import MoefoldError
 
-WORDS = "the a model token expert router learns sends to of and far near many few loss falls rises when then".split()
+WORDS = ("the", "a", "model", "token", "expert", "router", "learns", "sends", "to", "of", "far", "near", "loss", "falls", "rises")
 TINY: dict[str, object] = {
     "model.dim": 16,
     "model.num_layers": 2,
@@ -81,7 +87,14 @@ def pretrain_ranks(world: int, config: RunConfig, before: Any = None, timeout_s:
 
     before: called with the rank in each process first, to patch what the case is about.
     """
+    preload()
     return run_ranks(_pretrain_rank, world, config, before, timeout_s=timeout_s)
+
+
+def preload() -> None:
+    """Import here, once, what every forked rank would otherwise import for itself."""
+    for module in ("torch._dynamo", "torch.distributed.fsdp", "moefold.launch.pretrain"):
+        import_module(module)
 
 
 def _pretrain_rank(rank: int, world: int, config: RunConfig, before: Any) -> int | str:
@@ -105,6 +118,87 @@ class Ended:
     seconds: float
 
 
+class ForkedCommand:
+    """`moefold ARGS` on ranks as torchrun starts them, but forked from here: takes less time, and each has an exit code.
+
+    before: called with the rank in each process first, to patch what the case is about.
+    """
+
+    def __init__(self, world: int, args: Sequence[object], cwd: Path, before: Callable[[int], None] | None = None):
+        preload()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.start_s = time.monotonic()
+        self.logs = Path(tempfile.mkdtemp(prefix="command-", dir=cwd))
+        context = multiprocessing.get_context("fork")
+        words = [str(a) for a in args]
+        self.ranks = [
+            context.Process(target=_command_rank, args=(r, world, port, words, cwd, self.logs, before), daemon=True)
+            for r in range(world)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def wait(self, timeout_s: float = 60.0) -> list[Ended]:
+        """How every rank ended; -9 for one that was killed. Fails where a rank does not end in time."""
+        end_s = self.start_s + timeout_s
+        try:
+            for rank, process in enumerate(self.ranks):
+                process.join(max(0.0, end_s - time.monotonic()))
+                assert process.exitcode is not None, f"rank {rank} has not ended after {timeout_s:g} s:\n{self.text('err')}"
+        finally:
+            for process in self.ranks:
+                process.kill()
+        seconds = time.monotonic() - self.start_s
+        return [
+            Ended(p.exitcode or 0, (self.logs / f"{r}.out").read_text(), (self.logs / f"{r}.err").read_text(), seconds)
+            for r, p in enumerate(self.ranks)
+        ]
+
+    def text(self, kind: str) -> str:
+        return "\n".join(p.read_text() for p in sorted(self.logs.glob(f"*.{kind}")))
+
+
+def command_ranks(
+    world: int, args: Sequence[object], cwd: Path, before: Callable[[int], None] | None = None, timeout_s: float = 60.0
+) -> list[Ended]:
+    """Run `ForkedCommand` to its end."""
+    return ForkedCommand(world, args, cwd, before).wait(timeout_s)
+
+
+def _command_rank(
+    rank: int, world: int, port: int, words: list[str], cwd: Path, logs: Path, before: Callable[[int], None] | None
+) -> None:
+    import torch
+
+    from moefold.launch.cli import main
+
+    for stream, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(logs / f"{rank}.{kind}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    # the streams that the test runner has put in place write elsewhere
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - for the rest of the process
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if world > 1:
+        places = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+        os.environ |= {key: str(value) for key, value in places.items()}
+    if before is not None:
+        before(rank)
+    try:
+        code = main(words)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # at once, as at the end of a program: what torch leaves behind is not for the test runner's exit handlers
+    os._exit(code)
+
+
 def torchrun_command(world: int, *args: str, script: Path | None = None) -> list[str]:
     """The command line of torchrun with a rendezvous of its own."""
     target = [str(script)] if script is not None else ["-m", "moefold.launch.pretrain"]
@@ -120,8 +214,6 @@ def environment() -> dict[str, str]:
 
 def run_command(command: Sequence[str], cwd: Path, timeout_s: float = 60.0) -> Ended:
     """Run a command to its end."""
-    import time
-
     start_s = time.monotonic()
     done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s)
     return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - start_s)
