@@ -28,10 +28,11 @@ from moefold.moe.model import Model
 from .result import Result, Row
 
 EXACT = BalanceConfig(aux_loss_coeff=1.0, accumulation="exact")
+CARRIES = tuple(sorted({0.5, 1.0, 2.0, 4.0, BalanceConfig().carry}))
 MODES = (
     ("micro", BalanceConfig(aux_loss_coeff=1.0, scope="micro")),
     ("running", BalanceConfig(aux_loss_coeff=1.0, accumulation="running")),
-    *((f"prior {c:g}", BalanceConfig(aux_loss_coeff=1.0, accumulation="prior", carry=c)) for c in (0.5, 1.0, 2.0, 4.0)),
+    *((f"prior {c:g}", BalanceConfig(aux_loss_coeff=1.0, accumulation="prior", carry=c)) for c in CARRIES),
     ("exact", EXACT),
 )
 SCENARIOS = ("mixed", "own", "shuffled", "drawn")

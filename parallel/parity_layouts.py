@@ -117,7 +117,13 @@ class Variant:
         shape: dict[str, Any] = {"dim": 16, "num_layers": 2, "num_heads": 4, "head_dim": 4, "vocab_size": 32, "max_seq_len": 8}
         shape |= {"dense_prefix_layers": 1, "dense_ffn_dim": 16, "qk_norm": "head", "moe": moe} | dict(self.model)
         rows = layout.topology.dp * num_micro
-        settings = {"global_batch": rows * -(-4 // rows), "seq_len": 8, "valid_share": 0.6, "steps": steps, "seed": seed}
+        settings: dict[str, Any] = {
+            "global_batch": rows * -(-4 // rows),
+            "seq_len": 8,
+            "valid_share": 0.6,
+            "steps": steps,
+            "seed": seed,
+        }
         settings |= {"optimizer": OptimizerSettings(grad_clip=None)} | dict(self.case)
         return ParityCase(model=ModelConfig(**shape), num_micro=num_micro, **settings)
 
