@@ -130,8 +130,8 @@ class BalanceConfig:
     """Global scope with several micro-batches: counts so far (the paper's buffer); those plus the last step's counts for the part
     not seen yet; or a counting pass first (twice the forward work)."""
     carry: float = 2.0
-    """Weight of the last step's counts in `accumulation = "prior"`; 0 gives `running`. The default has the best worst case of those
-    measured by `python -m bench balance_modes`; for micro-batches that are well mixed, 0.5 to 1 is better."""
+    """Weight of the last step's counts in `accumulation = "prior"`; 0 gives `running`. The default has the best worst case of
+    those measured by `python -m bench balance_modes`; for micro-batches that are well mixed, 0.5 to 1 is better."""
     straggler_coeff: float = 0.0
     """Coefficient of an additional micro-batch loss that evens out single micro-batches (about 1 % of aux_loss_coeff). It depends
     on the micro-batch by definition, so it is off by default."""
