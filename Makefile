@@ -37,7 +37,8 @@ test: venv typing ## lint, types and all tests that this machine can run
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreter $(ARGS)
+	$(BIN)/pytest --ignore=tests/interpreter $(ARGS)
 
 # mypy cannot follow an editable install whose package is the repository root: show it the package as a folder of links.
 typing:

@@ -51,23 +51,29 @@ def run_local_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout_s: f
 
 def _collect(conns: list[Connection], timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
+    failures: dict[int, str | None] = {}
     end_s = time.monotonic() + timeout_s
-    while len(results) < len(conns):
-        waiting = [conn for rank, conn in enumerate(conns) if rank not in results]
-        ready = wait(waiting, max(0.0, end_s - time.monotonic()))
+    while open_ranks := [rank for rank in range(len(conns)) if rank not in results and rank not in failures]:
+        ready = wait([conns[rank] for rank in open_ranks], max(0.0, end_s - time.monotonic()))
         if not ready:
-            late = [rank for rank in range(len(conns)) if rank not in results]
-            raise CommError(f"ranks {late} of {len(conns)} have not ended after {timeout_s:g} s")
-        # a rank that failed ends the others' connections: its own traceback says more than theirs
-        for conn in sorted(ready, key=conns.index):
-            rank = conns.index(conn)  # type: ignore[arg-type]
-            try:
-                ok, value = conns[rank].recv()
-            except EOFError:
-                raise RuntimeError(f"rank {rank} of {len(conns)} died without an answer") from None
-            if not ok:
-                raise RuntimeError(f"rank {rank} of {len(conns)} failed:\n{value}")
-            results[rank] = value
+            break
+        for rank in open_ranks:
+            if conns[rank] in ready:
+                try:
+                    ok, value = conns[rank].recv()
+                except EOFError:
+                    ok, value = False, None
+                (results if ok else failures)[rank] = value
+        if failures:
+            # one that died makes others fail: its end is the better explanation, so give it time to show
+            end_s = min(end_s, time.monotonic() + 0.2)
+    dead = [rank for rank, text in failures.items() if text is None]
+    if dead:
+        raise RuntimeError(f"rank {dead[0]} of {len(conns)} died without an answer")
+    for rank, text in failures.items():
+        raise RuntimeError(f"rank {rank} of {len(conns)} failed:\n{text}")
+    if open_ranks:
+        raise CommError(f"ranks {open_ranks} of {len(conns)} have not ended after {timeout_s:g} s")
     return [results[rank] for rank in range(len(conns))]
 
 

@@ -92,7 +92,10 @@ def pretrain(config: RunConfig, *, origins: Mapping[str, str] | None = None) -> 
             crew.wait()
             return result
         except BaseException as error:
-            raise _recorded(run, crew, as_named(error)) from error
+            ends_with = _recorded(run, crew, as_named(error))
+            if ends_with is error:
+                raise
+            raise ends_with from error
         finally:
             run.unlock()
 
@@ -143,7 +146,7 @@ def _open_run(config: RunConfig, crew: Crew, origins: Mapping[str, str] | None) 
 
 
 def _renew_config(run: RunDir, text: str) -> None:
-    """Rank 0: have config.toml say what the newest attempt runs with, each attempt's own in its log folder, and tell the changes."""
+    """Rank 0: have config.toml say what the newest attempt runs with, keep each one with its logs, and tell the changes."""
     for line in changes("", tomllib.loads(run.config.read_text()), tomllib.loads(text), ("before", "now")):
         print(f"changed: {line}", flush=True)
     for path in (run.logs() / "config.toml", run.config):
@@ -186,7 +189,7 @@ def _train(
         progress=say,
     )
     mesh = build_mesh(topology, device, config.parallel.timeout_s)
-    engine = _build_engine(config, mesh, len(data.domains))
+    engine = build_engine(config, mesh, len(data.domains))
     checkpointer = Checkpointer(run.checkpoints, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
     meta = {"model": dataclasses.asdict(config.model), "data": _data_identity(config, data), "layout": topology.to_dict()}
     tokens = _restore(engine, checkpointer, decision, meta, say)
@@ -248,7 +251,8 @@ def _finish(
         _compare_with_bigram(data, evaluation, engine.step, sinks, crew, say)
 
 
-def _build_engine(config: RunConfig, mesh: Mesh, num_domains: int) -> Engine:
+def build_engine(config: RunConfig, mesh: Mesh, num_domains: int) -> Engine:
+    """The model, its optimizer and its balance state as `config` wants them, spread over `mesh`. Collective."""
     o = config.train.optimizer
     return Engine(
         config.model,

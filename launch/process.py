@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import time
@@ -100,12 +101,39 @@ def _join(here: Rank, device: torch.device, timeout: timedelta) -> None:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         if here.launched:
-            dist.init_process_group(backend, timeout=timeout)
+            store = _fresh_store(here, timeout)
+            dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     except dist.DistError as error:
         what = f"rank {here.rank} of {here.world} did not find the others"
         raise CommError(f"{what} (parallel.timeout_s = {timeout.total_seconds():g}): {_first_line(error)}") from error
+
+
+def _fresh_store(here: Rank, timeout: timedelta) -> dist.Store:
+    """The launcher's store, under a prefix that all ranks of this start agree on.
+
+    torchrun gives a job that it restarts the store of the one that was killed, and with it the addresses of dead processes. The
+    number of restarts is no prefix: nodes count only their own. So rank 0 draws a word, and every other rank asks for it with a
+    word of its own until that comes back, which one from before cannot do.
+    """
+    store: dist.Store = next(dist.rendezvous("env://", here.rank, here.world, timeout=timeout))[0]
+    word = secrets.token_hex(8)
+    if here.rank == 0:
+        store.set("moefold/start", word)
+        for rank in range(1, here.world):
+            store.set(f"moefold/{word}/yes/{rank}", store.get(f"moefold/{word}/ask/{rank}").decode())
+        return dist.PrefixStore(word, store)
+    end_s = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < end_s:
+        start = store.get("moefold/start").decode()
+        store.set(f"moefold/{start}/ask/{here.rank}", word)
+        answer = f"moefold/{start}/yes/{here.rank}"
+        for _ in range(20):
+            if store.check([answer]) and store.get(answer).decode() == word:
+                return dist.PrefixStore(start, store)
+            time.sleep(0.02)
+    raise dist.DistStoreError(f"rank 0 has not answered for {timeout.total_seconds():g} s")
 
 
 class Crew:

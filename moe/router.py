@@ -35,6 +35,11 @@ def first_top_k(scores_TE: Tensor, k: int) -> Tensor:
 
     torch.topk leaves the order of ties open, so that two back ends may route differently; a stable sort does not.
     """
+    if scores_TE.device.type == "cpu":
+        # several times faster than sorting, and the same wherever no two of the k + 1 best are equal; the check is free on CPU
+        best = scores_TE.topk(min(k + 1, scores_TE.shape[-1]), dim=-1)
+        if not (best.values[:, 1:] == best.values[:, :-1]).any():
+            return best.indices[:, :k]
     return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :k]
 
 

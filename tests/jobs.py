@@ -18,12 +18,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from helpers import run_ranks
 from moefold.launch import config as configuration
 from moefold.launch.metrics import read_metrics
 from moefold.launch.rundir import RunDir
 from moefold.launch.settings import RunConfig
 from moefold.moe.errors import MoefoldError
+from moefold.parallel.engine import Engine
 
 WORDS = ("the", "a", "model", "token", "expert", "router", "learns", "sends", "to", "of", "far", "near", "loss", "falls", "rises")
 TINY: dict[str, object] = {
@@ -215,8 +218,64 @@ def environment() -> dict[str, str]:
 def run_command(command: Sequence[str], cwd: Path, timeout_s: float = 60.0) -> Ended:
     """Run a command to its end."""
     start_s = time.monotonic()
-    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s)
-    return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - start_s)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=cwd, env=environment(), **pipes) as process:  # type: ignore[call-overload]
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        finally:
+            end_tree(process)
+    return Ended(process.returncode, out, err, time.monotonic() - start_s)
+
+
+def end_tree(process: subprocess.Popen[str]) -> None:
+    """Kill a process, if it is alive, and what it has started: torchrun's workers would outlive it."""
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+
+
+def alone(work: Callable[[], None], timeout_s: float = 60.0) -> None:
+    """Run `work` in a forked process; fails if it does.
+
+    For what makes a process group: one made here, and its threads, would be part of every process that is forked later.
+    """
+    preload()
+    process = multiprocessing.get_context("fork").Process(target=_alone, args=(work,), daemon=True)
+    process.start()
+    process.join(timeout_s)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0, f"exit code {process.exitcode}; its traceback is above"
+
+
+def _alone(work: Callable[[], None]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def at_step(step: int, act: Callable[[], None], ranks: tuple[int, ...]) -> Callable[[int], None]:
+    """A patch for `before`: the ranks act in place of training step `step` (from 0)."""
+
+    def before(rank: int) -> None:
+        real = Engine.train_step
+
+        def train_step(self: Engine, *args, **kwargs):  # type: ignore[no-untyped-def]
+            if self.step == step and rank in ranks:
+                act()
+            return real(self, *args, **kwargs)
+
+        Engine.train_step = train_step  # type: ignore[method-assign]
+
+    return before
 
 
 def losses(folder: Path) -> dict[int, float]:

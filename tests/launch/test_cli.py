@@ -203,13 +203,18 @@ def test_files_may_stand_between_options(answer, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
-def test_under_torchrun_the_first_error_is_recorded_for_the_launcher(answer, tmp_path, monkeypatch, capsys):
+def test_under_torchrun_a_crash_is_recorded_for_the_launcher_and_a_named_error_only_told(answer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
     answer("pretrain", DataError("no text"))
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    monkeypatch.setenv("RANK", "3")
     assert main(["pretrain", "quickstart"]) == 3
-    assert "no text" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert not (tmp_path / "error.json").exists()
     assert capsys.readouterr().err == "[rank 3] no text\n"
+    answer("pretrain", ZeroDivisionError("no tokens"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(ZeroDivisionError):
+        main(["pretrain", "quickstart"])
+    assert "no tokens" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
 
 
 def test_configuration_errors_are_told_by_one_rank(monkeypatch, capsys):

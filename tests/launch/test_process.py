@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ import torch
 import torch.distributed as dist
 
 from helpers import GlooPool, run_ranks
+from jobs import alone
 from moefold.launch.process import (
     Crew,
     PeerFailedError,
     Rank,
     StopRequest,
+    _fresh_store,
     as_named,
     choose_device,
     exit_code_of,
@@ -63,13 +66,15 @@ def test_a_process_group_that_exists_is_used_and_left_alone(gloo_pool: GlooPool)
 
 
 def test_alone_a_process_group_and_the_threads_last_as_long_as_the_body() -> None:
-    before = torch.get_num_threads()
-    with pytest.raises(DataError), joined(Rank(0, 1, 0, 1, False), CPU, timeout_s=5, threads=before + 1):
-        assert dist.get_world_size() == 1
-        assert torch.get_num_threads() == before + 1
-        raise DataError("no text")
-    assert not dist.is_initialized()
-    assert torch.get_num_threads() == before
+    def join() -> None:
+        with pytest.raises(DataError), joined(Rank(0, 1, 0, 1, False), CPU, timeout_s=5, threads=3):
+            assert dist.get_world_size() == 1
+            assert torch.get_num_threads() == 3
+            raise DataError("no text")
+        assert not dist.is_initialized()
+        assert torch.get_num_threads() == 1
+
+    alone(join)
 
 
 def test_ranks_that_do_not_find_each_other_are_a_communication_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +85,30 @@ def test_ranks_that_do_not_find_each_other_are_a_communication_error(monkeypatch
     for name, value in places.items():
         monkeypatch.setenv(name, value)
     lost = pytest.raises(CommError, match=r"rank 1 of 2 did not find the others \(parallel\.timeout_s = 1\)")
-    with lost, joined(Rank.here(), CPU, timeout_s=1):
-        raise AssertionError("nobody else is here")
+
+    def join() -> None:
+        with lost, joined(Rank.here(), CPU, timeout_s=1):
+            raise AssertionError("nobody else is here")
+
+    alone(join)
+
+
+def start_twice(rank: int, world: int, path: Path) -> list[str]:
+    store = dist.FileStore(str(path), world)
+    dist.rendezvous = lambda *args, **kwargs: iter([(store, rank, world)])
+    seen = []
+    for start in ("first", "second"):
+        if rank == 0:
+            time.sleep(0.3)  # the other rank is here before, and finds what the start before has left
+        mine = _fresh_store(Rank(rank, world, rank, world, True), timedelta(seconds=10))
+        if rank == 0:
+            mine.set("address", f"{start} address")
+        seen.append(mine.get("address").decode())
+    return seen
+
+
+def test_a_start_does_not_see_what_another_one_left_in_the_store(tmp_path: Path) -> None:
+    assert run_ranks(start_twice, 2, tmp_path / "store") == [["first address", "second address"]] * 2
 
 
 def test_every_rank_of_a_machine_refuses_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
