@@ -127,7 +127,8 @@ def _open_run(config: RunConfig, crew: Crew, origins: Mapping[str, str] | None) 
         if not exists:
             decision = decide_resume(c.resume, None, False, c.init_from, run_dir=section.dir or "the new run directory")
         text = dump(config)
-        run = RunDir.open_or_create(section, text, extra={"settings_from": dict(origins or {})})
+        chosen = {path: origin for path, origin in (origins or {}).items() if origin != "default"}
+        run = RunDir.open_or_create(section, text, extra={"settings_from": chosen})
         run.lock()
         opened.append(run)
         if exists:

@@ -61,7 +61,11 @@ class Trainer:
     last_lr: float = 0.0
 
     def run(self) -> Evaluation | None:
-        """Train from the engine's step to the end; returns the last evaluation, or None when stopped early or without one."""
+        """Train from the engine's step to the end.
+
+        Returns the last evaluation, which is not recorded yet (what it is compared with goes into the same record), or None
+        when stopped early or without held-out text.
+        """
         c = self.config
         total = c.train.total_steps(c.data.seq_len)
         with Prefetcher(self.load, self.engine.step, total) as batches:
@@ -79,7 +83,7 @@ class Trainer:
                 if c.train.eval_every and step % c.train.eval_every == 0 and step < total:
                     self.evaluate()
         self.save()
-        return self.evaluate()
+        return self.evaluate(record=False)
 
     def load(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step; runs in the prefetch thread."""
@@ -165,12 +169,13 @@ class Trainer:
         self.checkpointer.save(self.engine, {**self.meta, "tokens": self.tokens})
         self.times.checkpoint += time.perf_counter() - start_s
 
-    def evaluate(self) -> Evaluation | None:
-        """Evaluate on held-out text, if there is any, and record it."""
+    def evaluate(self, *, record: bool = True) -> Evaluation | None:
+        """Evaluate on held-out text, if there is any."""
         if self.data.evaluation is None:
             return None
         result = evaluate(self.engine, self.data, self.micro_rows[0])
-        self.sinks.write("eval", self.engine.step, result.metrics())
+        if record:
+            self.sinks.write("eval", self.engine.step, result.metrics())
         return result
 
 
