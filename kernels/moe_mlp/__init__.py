@@ -10,11 +10,14 @@ from torch import Tensor
 from . import grouped_impl, reference
 from .loop_impl import MoeMlpLoop
 
-Backend = Literal["auto", "reference", "loop", "grouped"]
+Backend = Literal["auto", "reference", "loop", "grouped", "triton"]
 
 
 def choose_backend(x: Tensor) -> Backend:
-    """grouped (no host synchronisation) on GPU in bf16, else loop, which takes every dtype and is fastest on CPU."""
+    """grouped (no host synchronisation) on GPU in bf16, else loop, which takes every dtype and is fastest on CPU.
+
+    The Triton kernels have to be asked for: they pass in the interpreter and compile for sm_90, but were not run on a GPU yet.
+    """
     return "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "loop"
 
 
@@ -42,6 +45,10 @@ def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, ba
     backend = choose_backend(x_RD) if backend == "auto" else backend
     if backend == "loop":
         return MoeMlpLoop.apply(x_RD, w13_E2FD, w2_EDF, counts_E)
+    if backend == "triton":
+        from . import triton_impl
+
+        return triton_impl.moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E)
     return (grouped_impl if backend == "grouped" else reference).moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E)
 
 

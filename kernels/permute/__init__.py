@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from .torch_impl import Permute, Unpermute
 
+Backend = Literal["auto", "torch", "triton"]
 
-def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None = None) -> Tensor:
+
+def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None = None, backend: Backend = "auto") -> Tensor:
     """Tokens in expert order: x_RD[r] = x_TD[token of order_R[r]].
 
     Args:
         x_TD: tokens.
         order_R, row_TK: the plan of `sort_tokens`.
         kept_TK: bool; choices that do not travel pass no gradient back. Their rows (the last ones) hold the token all the same.
+        backend: "torch", or "triton" for CUDA tensors; "auto" is torch.
 
     Returns:
         x_RD with R = T * K.
     """
+    if backend == "triton":
+        from . import triton_impl
+
+        return triton_impl.permute(x_TD, order_R, row_TK, kept_TK)
     return Permute.apply(x_TD, order_R, row_TK, kept_TK)
 
 
-def unpermute(y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None = None) -> Tensor:
+def unpermute(
+    y_RD: Tensor,
+    weights_TK: Tensor,
+    order_R: Tensor,
+    row_TK: Tensor,
+    kept_TK: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
     """Weighted sum of a token's rows: y_TD[t] = sum over k of weights_TK[t, k] * y_RD[row_TK[t, k]].
 
     Summed in the order of k in at least fp32, so that reruns are bitwise equal. Choices that are not kept add nothing,
-    whatever their rows hold.
+    whatever their rows hold. `backend`: as for `permute`.
     """
+    if backend == "triton":
+        from . import triton_impl
+
+        return triton_impl.unpermute(y_RD, weights_TK, order_R, row_TK, kept_TK)
     return Unpermute.apply(y_RD, weights_TK, order_R, row_TK, kept_TK)
 
 
-__all__ = ["permute", "unpermute"]
+__all__ = ["Backend", "permute", "unpermute"]

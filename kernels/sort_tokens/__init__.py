@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Backend = Literal["auto", "torch", "triton"]
 
 
 def count_choices(choices: Tensor, num_bins: int) -> Tensor:
@@ -15,18 +19,25 @@ def count_choices(choices: Tensor, num_bins: int) -> Tensor:
     return counts.scatter_add_(-1, choices, torch.ones_like(choices))
 
 
-def sort_tokens(indices_TK: Tensor, num_experts: int, kept_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def sort_tokens(
+    indices_TK: Tensor, num_experts: int, kept_TK: Tensor | None = None, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Stable sort of the T*K choices by expert, within an expert by (token, k).
 
     Args:
         indices_TK: int64, expert of each choice, in [0, num_experts).
         kept_TK: bool, choices that travel; the others are sorted behind all experts. None = all.
+        backend: "torch", or "triton" for a counting sort on CUDA; "auto" is torch.
 
     Returns:
         order_R: int64 [T*K], flat (token * K + k) index of each sorted row.
         row_TK: int64 [T, K], its inverse: the row at which each choice stands.
         counts_E: int64 [E], kept rows of each expert. Rows from counts_E.sum() on are not kept.
     """
+    if backend == "triton":
+        from . import triton_impl
+
+        return triton_impl.sort_tokens(indices_TK, num_experts, kept_TK)
     flat_R = indices_TK.flatten()
     if kept_TK is not None:
         flat_R = torch.where(kept_TK.flatten(), flat_R, num_experts)
@@ -39,4 +50,4 @@ def sort_tokens(indices_TK: Tensor, num_experts: int, kept_TK: Tensor | None = N
     return order_R, row_R.view(indices_TK.shape), counts_E
 
 
-__all__ = ["count_choices", "sort_tokens"]
+__all__ = ["Backend", "count_choices", "sort_tokens"]
