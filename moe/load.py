@@ -72,8 +72,7 @@ def measure_load(routing: Routing, valid_BS: Tensor | None, kept_TK: Tensor | No
     """Sums of one layer's routing, per sequence. `kept_TK` marks choices that travel (None: all valid ones)."""
     logits_TE, (T, E) = routing.logits_TE, routing.logits_TE.shape
     probs_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(logits_TE.dtype).tiny)
-    z_T = torch.logsumexp(logits_TE, -1).square()
-    chosen_TK, logit_TE = routing.indices_TK, logits_TE.detach().abs()
+    z_T, chosen_TK, logit_TE = routing.z_T, routing.indices_TK, logits_TE.detach().abs()
     if valid_BS is not None:
         valid_T = valid_BS.reshape(-1)
         probs_TE = probs_TE.masked_fill(~valid_T[:, None], 0)

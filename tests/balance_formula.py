@@ -67,7 +67,7 @@ def literal_term(router: TopKRouter, rows: Sequence[Tensor], counts: Sequence[fl
     share_E = torch.tensor([count / max(sum(counts), 1) for count in counts], dtype=torch.float64)
     for x in rows:
         logits = router.weight_ED @ x
-        scores = torch.sigmoid(logits) if router.config.score == "sigmoid" else torch.softmax(logits, 0)
+        scores = torch.sigmoid(logits) if router.rule.score == "sigmoid" else torch.softmax(logits, 0)
         total = total + E * (share_E * scores / scores.sum()).sum()
     return total
 

@@ -26,7 +26,7 @@ def topk_gate(
         logits_TE: fp32 or fp64, as narrower logits would tie and mis-rank experts.
         bias_E: added for the choice only (loss-free balancing, arXiv 2408.15664); gets no gradient.
         valid_T: bool, tokens that are counted; None = all. The others are routed all the same.
-        backend: "torch", "triton" (one kernel each way), or "auto": triton on CUDA.
+        backend: "torch" or "triton" (one kernel each way); "auto" is torch.
 
     Raises:
         ValueError: shapes, dtypes, devices or a rule that do not fit each other.
@@ -41,7 +41,7 @@ def topk_gate(
         raise ValueError(f"topk_gate: valid is {valid_T.dtype} {tuple(valid_T.shape)}; logits {(T, E)} need bool {(T,)}")
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"topk_gate: backend {backend!r} is none of 'auto', 'torch', 'triton'")
-    if backend == "triton" or (backend == "auto" and logits_TE.is_cuda):
+    if backend == "triton":
         # not at the top: triton is absent on some machines without a GPU
         from . import triton_impl
 

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moefold.kernels.topk_gate.reference import first_top_k, within_groups
 from moefold.moe.config import BalanceConfig, MoEConfig, RouterConfig
-from moefold.moe.router import TopKRouter, first_top_k, mask_groups
+from moefold.moe.router import TopKRouter
 
 D, E = 5, 8
 ONE_PER_GROUP = {"num_groups": 8, "top_groups": 4, "group_score": "max"}
@@ -131,7 +132,7 @@ def test_ties_among_the_best_and_at_the_edge() -> None:
 @settings(max_examples=80, deadline=None)
 def test_k_distinct_experts_of_the_best_groups(scores: list[list[int]], groups: tuple[int, int], k: int) -> None:
     config = RouterConfig(num_groups=groups[0], top_groups=groups[1], group_score="max", renormalize=False)
-    chosen_TK = first_top_k(mask_groups(torch.tensor(scores).double(), config), k)
+    chosen_TK = first_top_k(within_groups(torch.tensor(scores).double(), config), k)
     for chosen, row in zip(chosen_TK.tolist(), scores, strict=True):
         assert len(set(chosen)) == k
         size = E // groups[0]
