@@ -84,11 +84,15 @@ def setup(runs: Runs) -> str | None:
         rows = rows or [["(no difference)", *("" for _ in runs)]]
         differ = table("Settings that differ (config.toml)", ["setting", *names], rows)
     settings = _side_by_side([_highlights(r) for r in runs])
-    origin = _side_by_side([flat(r.origin) for r in runs])
+    # for one run, where each setting was written stands beside it
+    chosen = runs[0].origin.get("settings_from", {}) if len(runs) == 1 else {}
+    if chosen:
+        settings = [[*cells, chosen.get(cells[0], "default" if "." in cells[0] else "").split("/")[-1]] for cells in settings]
+    origin = _side_by_side([flat({k: v for k, v in r.origin.items() if k != "settings_from"}) for r in runs])
     return join(
         differ,
         row(
-            table("Settings (config.toml)", ["setting", *names], settings) if settings else None,
+            table("Settings (config.toml)", ["setting", *names, *(["from"] if chosen else [])], settings) if settings else None,
             table("Provenance (origin.json)", ["what", *names], origin) if origin else None,
         ),
     )
