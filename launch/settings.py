@@ -58,9 +58,10 @@ class SourceConfig:
 
     @property
     def domain(self) -> str:
-        if self.name:
-            return self.name
-        return self.type if self.path is None else self.path.rstrip("/").rsplit("/", 1)[-1].split(".")[0] or self.type
+        if self.name or self.path is None:
+            return self.name or self.type
+        stem = self.path.rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+        return self.type if not stem or set(stem) & set("*?[") else stem
 
 
 def _embedded() -> tuple[SourceConfig, ...]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from moefold import RunConfig
 from moefold.launch import schema
 from moefold.launch.config import check_world, dump, flatten, from_dict, load, parse_overrides, shipped_configs, to_dict
+from moefold.launch.settings import SourceConfig
 from moefold.launch.toml_lines import key_lines
 from moefold.moe.errors import ConfigError, TopologyError
 
@@ -363,3 +364,10 @@ def test_loading_imports_no_torch(write):
 def test_records_are_frozen(write):
     with pytest.raises(dataclasses.FrozenInstanceError):
         load(write("a.toml", BASE)).config.train.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("path", "domain"), [("books/law.jsonl", "law"), ("books/", "books"), ("books/*.txt", "text"), (".hidden", "text")]
+)
+def test_domain_of_a_source_without_a_name(path, domain):
+    assert SourceConfig(type="text", path=path).domain == domain
