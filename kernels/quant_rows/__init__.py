@@ -24,10 +24,10 @@ def _resolve_block(op: str, block: int | None, width: int) -> int:
     return resolved
 
 
-def _uses_triton(op: str, x: Tensor, backend: Backend) -> bool:
+def _uses_triton(op: str, backend: Backend) -> bool:
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"{op}: backend {backend!r} is none of 'auto', 'torch', 'triton'")
-    return backend == "triton" or (backend == "auto" and x.is_cuda)
+    return backend == "triton"
 
 
 def quantize_rows(
@@ -58,7 +58,7 @@ def quantize_rows(
     if x_RD.ndim != 2 or x_RD.dtype not in FLOATS:
         raise ValueError(f"quantize_rows: rows are {x_RD.dtype} {tuple(x_RD.shape)}; need float16, bfloat16 or float32 [R, D]")
     resolved = _resolve_block("quantize_rows", block, x_RD.shape[1])
-    if _uses_triton("quantize_rows", x_RD, backend):
+    if _uses_triton("quantize_rows", backend):
         # not at the top: triton is absent on some machines without a GPU
         from . import triton_impl
 
@@ -87,7 +87,7 @@ def dequantize_rows(
             f"dequantize_rows: scales are {scales_RB.dtype} {tuple(scales_RB.shape)}; codes {tuple(codes_RD.shape)} in blocks of "
             f"{resolved} columns need float32 {expected}"
         )
-    if _uses_triton("dequantize_rows", codes_RD, backend):
+    if _uses_triton("dequantize_rows", backend):
         from . import triton_impl
 
         return triton_impl.dequantize_rows(codes_RD, scales_RB, resolved, dtype)
