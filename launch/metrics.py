@@ -60,7 +60,7 @@ REGISTRY: tuple[Metric, ...] = (
     Metric("perf/tflops_gpu", "TFLOP/s", "Forward and backward operations of active parameters and causal attention, per rank"),
     Metric("perf/mfu", "fraction", "perf/tflops_gpu / dense peak of the device; absent where the peak is not known"),
     Metric("perf/data_wait_s", "s/step", "Part of perf/step_s spent waiting for data"),
-    Metric("perf/optimizer_s", "s/step", "Part of perf/step_s in gradient norm, clipping and optimizer update"),
+    Metric("perf/optimizer_s", "s/step", "Part of perf/step_s in clipping, optimizer update and expert bias"),
     Metric("perf/checkpoint_s", "s/step", "Time that checkpoints hold up training, spread over the steps since the last line"),
     Metric("perf/log_s", "s/step", "Time that metrics hold up training, spread over the steps since the last line"),
     Metric("mem/peak_gib", "GiB", "Peak device memory allocated since the last line (on a CPU: of the process); largest rank"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -360,7 +359,7 @@ class _Console:
     """Prints on rank 0 only."""
 
     def __init__(self, on: bool):
-        self.on, self.start_s = on, time.monotonic()
+        self.on = on
 
     def __call__(self, text: str) -> None:
         if self.on:

@@ -65,7 +65,6 @@ class StepResult:
     grad_norm: float
     tokens: int
     stats: StepStats
-    model_s: float
     optimizer_s: float
     vote: bool = False
 
@@ -117,7 +116,6 @@ class Engine:
         Raises:
             NumericsError: on every rank, before the update, when the loss or a gradient is not finite anywhere.
         """
-        start_s = time.perf_counter()
         tokens = self._global_tokens(batches)
         exact_LE = self._exact_counts(batches)
         self.balancer.start_step(len(batches), exact_LE)
@@ -131,9 +129,9 @@ class Engine:
         loss, grad_norm = stats.loss, float(norm)
         if not (abs(loss) < float("inf") and grad_norm < float("inf")):
             self._raise_not_finite(batches, sums, loss, grad_norm)
-        model_s = time.perf_counter() - start_s
+        start_s = time.perf_counter()
         self._update(norm, lr, stats)
-        return StepResult(loss, grad_norm, tokens, stats, model_s, time.perf_counter() - start_s - model_s, stats.vote)
+        return StepResult(loss, grad_norm, tokens, stats, time.perf_counter() - start_s, stats.vote)
 
     def _sum_over_replicas(self, now: bool) -> None:
         """Whether the next backward adds gradients over replicas; once per step is enough, on its last micro-batch."""

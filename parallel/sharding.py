@@ -58,15 +58,6 @@ class Placement:
     tp_dim: int | None
     data_dim: int
 
-    def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        """Shape after splitting over ep, tp and etp, before the data shards."""
-        shape, topo = list(self.global_shape), mesh.topology
-        if self.kind == "expert":
-            shape[0] //= topo.ep
-        if self.tp_dim is not None:
-            shape[self.tp_dim] //= topo.etp if self.kind == "expert" else topo.tp
-        return tuple(shape)
-
     def slice_local(self, value: Tensor, mesh: Mesh) -> Tensor:
         """This rank's part over tp or etp of a value whose expert axis holds the local experts already."""
         if self.tp_dim is None:

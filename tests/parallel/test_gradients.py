@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from helpers import run_threads
+from helpers import run_ranks, run_threads
 from moefold.parallel.gradients import clip_gradients, complete_gradients, gradient_norm
-from moefold.parallel.parity import RecordingEngine, build_engine
+from moefold.parallel.parity import RecordingEngine, build_engine, run_steps
 from moefold.parallel.parity_layouts import VARIANTS, Layout
 
 LAYOUTS = (
@@ -110,3 +112,25 @@ def test_clipping_limits_the_norm_and_only_from_above(layout: Layout) -> None:
         assert after == pytest.approx(0.5, rel=1e-6)
     for before, after in run_threads(clipped, layout.world, layout, 1e6):
         assert after == before
+
+
+def replica_sums(rank: int, world: int, layout: Layout, num_micro: int) -> int:
+    """All-reduces over the replicas of dense weights in one step."""
+    engine = build_engine(PLAIN.build(layout, num_micro, steps=1), layout.degrees)
+    replicas, calls, real = engine.mesh.dense.get_group("dp_replicate"), [], dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs.get("group"))
+        return real(*args, **kwargs)
+
+    dist.all_reduce = counted
+    run_steps(engine, PLAIN.build(layout, num_micro, steps=1), range(1))
+    return sum(group is replicas for group in calls)
+
+
+def test_gradients_are_added_over_replicas_once_per_step() -> None:
+    # of 4 ranks, so that the replicas are not the group of all ranks, where counts are added too
+    layout = Layout(4, hsdp=2)
+    once, accumulated = (run_ranks(replica_sums, 4, layout, num_micro) for num_micro in (1, 2))
+    assert once == accumulated
+    assert min(once) > 0
