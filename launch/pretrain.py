@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..kernels.moe_mlp import choose_backend
 from ..moe.errors import CheckpointError, DataError, MoefoldError, NumericsError, Problem, TopologyError
 from ..parallel.apply import compute_dtype
 from ..parallel.engine import Engine, OptimizerSettings
@@ -27,6 +26,7 @@ from .data.indexed import IndexedTokens, stem
 from .data.loader import Data, open_data
 from .data.tokenizer import load_tokenizer
 from .evaluate import Evaluation, sample_text
+from .kernel_check import check_backend, describe_kernels
 from .metrics import Sinks
 from .process import Crew, PeerFailedError, Rank, StopRequest, as_named, choose_device, is_secondary, joined, record_failure
 from .resume import Decision, decide_resume
@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "model.moe.capacity_factor:",
     "model.moe.drop_policy:",
     "model.moe.dispatcher:",
+    "model.moe.kernels:",
     "model.init_std:",
     "model.max_seq_len:",
 )
@@ -80,6 +81,8 @@ def pretrain(config: RunConfig, *, origins: Mapping[str, str] | None = None) -> 
     here = Rank.here()
     topology = check_topology(config, here, origins)
     device = choose_device(config.train.device, here)
+    if config.model.moe is not None:
+        check_backend(config.model.moe, device)
     with joined(here, device, timeout_s=config.parallel.timeout_s, threads=config.train.threads), StopRequest() as stop:
         crew = Crew()
         run, decision = _open_run(config, crew, origins)
@@ -321,11 +324,11 @@ def other_run(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
 
 def _first_screen(config: RunConfig, engine: Engine, data: Data, say: _Console) -> None:
     m, t = config.model, config.train
-    example = torch.empty(0, dtype=compute_dtype(t.precision), device=engine.mesh.device)
     text = ", ".join(f"{s.name} {len(s.tokens) / 1e6:.1f}M tokens (weight {s.weight:g})" for s in data.train.sources)
     total = t.total_steps(config.data.seq_len)
     say(f"model: {m.num_params / 1e6:.2f}M parameters, {m.num_active_params / 1e6:.2f}M active; precision {t.precision}")
-    say(f"experts: back end '{choose_backend(example)}' for {example.dtype} on {example.device.type}")
+    if m.moe is not None:
+        say(describe_kernels(m.moe, engine.mesh.device, compute_dtype(t.precision)))
     say(f"data: {text}; tokenizer {data.tokenizer.name}")
     say(f"steps: {engine.step} of {total} done, {t.global_batch * config.data.seq_len} tokens each")
     if m.moe is not None and m.moe.balance.aux_loss_coeff == 0 and not m.moe.balance.expert_bias:

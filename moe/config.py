@@ -167,6 +167,9 @@ class MoEConfig:
     """Who is kept over capacity: the first tokens of the sequence or those with the highest weight."""
     dispatcher: Literal["all_to_all"] = "all_to_all"
     """How rows travel between expert-parallel ranks."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Routing, row movement and products in torch or in Triton kernels; auto: Triton on CUDA devices from Hopper on (products
+    in 16 bits only), else torch."""
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.moe_mlp import moe_mlp
+from ..kernels.backend import Backend
+from ..kernels.moe_mlp import moe_layer_mlp, moe_mlp
+from .dispatch import DispatchPlan
 
 
 class GroupedExperts(nn.Module):
@@ -15,14 +17,20 @@ class GroupedExperts(nn.Module):
     The gate and up projections are the two halves of one tensor [E, 2, F, D], so that sharding F never separates them.
     """
 
-    def __init__(self, num_experts: int, dim: int, expert_dim: int):
+    def __init__(self, num_experts: int, dim: int, expert_dim: int, kernels: Backend = "auto"):
         super().__init__()
+        self.kernels = kernels
         self.w13_E2FD = nn.Parameter(torch.empty(num_experts, 2, expert_dim, dim))
         self.w2_EDF = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
 
-    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert -> the experts' outputs, same shape."""
-        return moe_mlp(rows_RD, self.w13_E2FD, self.w2_EDF, counts_E)
+    def forward(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
+        """Rows [R, D] sorted by expert -> the experts' outputs, same shape; with a plan, tokens [T, D] -> the weighted sums of
+        their experts' outputs, plus `shared_TD`."""
+        if plan is None:
+            return moe_mlp(x, self.w13_E2FD, self.w2_EDF, counts_E, self.kernels)
+        rows = (plan.order_R, plan.row_TK, counts_E)
+        weights = (self.w13_E2FD, self.w2_EDF)
+        return moe_layer_mlp(x, plan.weights_TK, *rows, *weights, plan.kept_TK, shared_TD, self.kernels)
 
 
 class SwiGLU(nn.Module):

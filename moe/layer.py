@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels.permute import permute, unpermute
-from ..kernels.sort_tokens import sort_tokens
 from .capacity import keep_within_capacity
 from .config import MoEConfig
-from .dispatch import Dispatcher, LocalDispatcher
+from .dispatch import Dispatcher, LocalDispatcher, make_plan
 from .experts import GroupedExperts, SwiGLU
 from .init import init_weights
 from .load import Aux, measure_load
@@ -32,7 +30,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.config = config
         self.router = TopKRouter(dim, config)
-        self.experts = GroupedExperts(config.num_experts, dim, config.expert_dim)
+        self.experts = GroupedExperts(config.num_experts, dim, config.expert_dim, config.kernels)
         shared_dim = config.num_shared_experts * config.expert_dim
         self.shared_expert = SwiGLU(dim, shared_dim) if shared_dim else None
         self.dispatcher: Dispatcher = LocalDispatcher()
@@ -57,14 +55,9 @@ class MoELayer(nn.Module):
 
         routing = self.router(x_TD, valid_T)
         kept_TK = self.keep(routing, valid_BS, B)
-        order_R, row_TK, counts_E = sort_tokens(routing.indices_TK, self.config.num_experts, kept_TK)
-        rows_RD = permute(x_TD, order_R, row_TK, kept_TK)
-        sent = self.dispatcher.dispatch(rows_RD, counts_E)
-        rows_XD = self.experts(sent.rows_XD, sent.counts_L)
-        rows_RD = self.dispatcher.combine(rows_XD, sent)
-        y_TD = unpermute(rows_RD, routing.weights_TK, order_R, row_TK, kept_TK)
-        if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD)
+        plan = make_plan(routing.indices_TK, routing.weights_TK, self.config.num_experts, kept_TK, self.config.kernels)
+        # to the experts, which see rows in the order of the plan, and back as one row per token
+        y_TD = self.dispatcher(x_TD, plan, self.experts, self.shared_expert)
         return y_TD.view(B, S, D), measure_load(routing, valid_BS, kept_TK, B)
 
     def keep(self, routing: Routing, valid_BS: Tensor | None, batch: int) -> Tensor | None:

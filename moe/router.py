@@ -41,7 +41,7 @@ class TopKRouter(nn.Module):
     def __init__(self, dim: int, config: MoEConfig):
         super().__init__()
         self.rule = GateRule(top_k=config.top_k, **dataclasses.asdict(config.router))
-        self.biased = config.balance.expert_bias
+        self.biased, self.kernels = config.balance.expert_bias, config.kernels
         self.weight_ED = nn.Parameter(torch.empty(config.num_experts, dim))
         if self.biased:
             # selection bias of loss-free balancing: fp32 always, moved by the training step, never by a gradient
@@ -53,5 +53,5 @@ class TopKRouter(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(wide), self.weight_ED.to(wide))
             bias_E = self.expert_bias_E if self.biased else None
-            gate = topk_gate(logits_TE, self.rule, bias_E, valid_T)
+            gate = topk_gate(logits_TE, self.rule, bias_E, valid_T, self.kernels)
         return Routing(gate.indices_TK, gate.weights_TK, gate.scores_TE, logits_TE, gate.z_T, gate.counts_E)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..moe.dispatch import Dispatched
+from ..moe.dispatch import Dispatched, RowDispatcher
 from .collectives import ExchangeRows
 
 
@@ -61,7 +61,7 @@ class AllToAllState:
     inverse_X: Tensor
 
 
-class AllToAllDispatcher:
+class AllToAllDispatcher(RowDispatcher):
     """Sends rows to the ranks of their experts over the joint (ep, etp) group, in one uneven all-to-all per direction.
 
     With etp > 1 every rank of an expert holds a slice of its hidden width: each gets a copy of the row, and the copies' partial

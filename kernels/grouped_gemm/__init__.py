@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..backend import choose
 from . import reference, torch_impl
 from .checks import check_inputs, check_rows
 
@@ -28,7 +29,7 @@ def grouped_gemm(
         counts_E: int64, rows of each expert; may hold zeros. Rows beyond their sum give zeros and get zero gradients.
         order_R, row_TK: the plan of `sort_tokens`, R = T * K.
         backend: "triton" (CUDA; fp32, bf16, fp16; no host synchronisation), "torch" (grouped_mm, or a loop over experts for
-            dtypes that it does not take), "reference"; "auto" is torch.
+            dtypes that it does not take), "reference"; "auto" as `backend.rule` says.
 
     Returns:
         y_RN, same dtype as x.
@@ -41,11 +42,12 @@ def grouped_gemm(
         raise ValueError(f"grouped_gemm: rows {tuple(x.shape)} [R, D] and weights {tuple(w_END.shape)} [E, N, D] differ in D")
     if row_TK is not None:
         check_rows("grouped_gemm", "tokens", x, row_TK.shape[0])
-    if backend == "triton":
+    chosen = choose("grouped_gemm", backend, x, products=True, others=("reference",))
+    if chosen == "triton":
         from . import triton_impl  # Triton need not be installed where it is not used
 
         return triton_impl.grouped_gemm(x, w_END, counts_E, order_R, row_TK)
-    return (reference if backend == "reference" else torch_impl).grouped_gemm(x, w_END, counts_E, order_R, row_TK)
+    return (reference if chosen == "reference" else torch_impl).grouped_gemm(x, w_END, counts_E, order_R, row_TK)
 
 
 __all__ = ["Backend", "grouped_gemm"]

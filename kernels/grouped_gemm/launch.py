@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import cdiv, interpreting, next_power_of_2, row_major
+from ..triton_support import cdiv, interpreting, next_power_of_2, row_major, wide_dtype
 from .tiles import Tile, Tiles
 from .triton_kernels import plan_kernel, rows_kernel, swiglu_grad_kernel, weight_grad_kernel
 
@@ -56,6 +57,10 @@ def make_plan(counts_E: Tensor, num_rows: int, tile_rows: int, order_R: Tensor |
     return Plan(tiles_3M, starts_E1, num_rows, None if order_R is None else order_R.contiguous(), choices)
 
 
+def _accumulator(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 def _options(tile: Tile) -> dict[str, int]:
     return {"num_warps": tile.warps, "num_stages": tile.stages}
 
@@ -94,6 +99,7 @@ def rows_times_weights(x: Tensor, w: Weights, plan: Plan, rows: int, tile: Tile,
         DEPTH=tile.depth,
         GROUP=GROUP,
         UPCAST=interpreting(),
+        ACC=_accumulator(x.dtype),
         **_options(tile),
     )
     return y, hidden
@@ -107,7 +113,7 @@ def swiglu_grad(
     _, D, F = w2_EDF.shape
     grad_pre, hidden = torch.empty_like(pre_RG), pre_RG.new_empty(plan.num_rows, F)
     cols = cdiv(F, tile.cols)
-    parts = None if scale is None else pre_RG.new_empty(cols, plan.num_rows, dtype=torch.float32)
+    parts = None if scale is None else pre_RG.new_empty(cols, plan.num_rows, dtype=wide_dtype(grad.dtype))
     num_tiles = plan.tiles_3M.shape[1]
     swiglu_grad_kernel[(num_tiles * cols,)](
         grad,
@@ -136,6 +142,7 @@ def swiglu_grad(
         DEPTH=tile.depth,
         GROUP=GROUP,
         UPCAST=interpreting(),
+        ACC=_accumulator(grad.dtype),
         **_options(tile),
     )
     # the tiles of columns in their order, whichever finished first
@@ -176,6 +183,7 @@ def weight_grad(a: Tensor, b: Tensor, out: Tensor, plan: Plan, tiles: Tiles, gat
         DEPTH=tile.depth,
         GROUP=GROUP,
         UPCAST=interpreting(),
+        ACC=_accumulator(a.dtype),
         **_options(tile),
     )
     return out

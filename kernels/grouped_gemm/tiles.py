@@ -51,6 +51,6 @@ SMALL = Tiles(64, Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(64, 64, 4, 4), 
 
 def choose_tiles(dtype: torch.dtype, rows: int, experts: int) -> Tiles:
     """The table: by dtype, and by the mean rows of an expert, which needs no look at the counts."""
-    if dtype == torch.float32:
+    if dtype in (torch.float32, torch.float64):
         return FP32
     return LARGE if rows >= 128 * experts else SMALL

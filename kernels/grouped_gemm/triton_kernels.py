@@ -4,6 +4,8 @@ Common to all: rows lie sorted by expert, and a table of tiles (`plan_kernel`) n
 tile mixes experts and nothing is padded in memory. Rows behind the last expert's are one more segment, whose products have
 no terms: they become zeros in the same launch.
 
+Sums are formed in ACC: fp32, and fp64 for fp64, which only the interpreter runs.
+
 Two axes are *paired*: index 2f + h stands for f of half h, h = 0 the gate and 1 the up projection. The weights keep their
 [E, 2, F, D] layout, since only the addresses of whole rows of D elements change, and an output tile holds gate and up of the
 same f next to each other: the activation needs no second accumulator.
@@ -91,9 +93,10 @@ def tile_product(  # type: ignore[no-untyped-def]
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """fp32 [ROWS, COLS] = sum over k < K of x[ROWS, k] w[k, COLS], from pointers to the first step's tiles."""
-    acc = tl.zeros((ROWS, COLS), tl.float32)
+    """ACC [ROWS, COLS] = sum over k < K of x[ROWS, k] w[k, COLS], from pointers to the first step's tiles."""
+    acc = tl.zeros((ROWS, COLS), ACC)
     k = tl.arange(0, DEPTH)
     for k0 in range(0, K, DEPTH):
         if EVEN_K:
@@ -105,8 +108,8 @@ def tile_product(  # type: ignore[no-untyped-def]
         else:
             w = tl.load(w_ptrs, mask=(k[:, None] < K - k0) & (n[None, :] < N), other=0.0)
         if UPCAST:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+            x, w = x.to(ACC), w.to(ACC)
+        acc = tl.dot(x, w, acc, input_precision="ieee", out_dtype=ACC)
         x_ptrs += DEPTH
         w_ptrs += w_step
     return acc
@@ -141,6 +144,7 @@ def rows_kernel(  # type: ignore[no-untyped-def]
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """y[r, n] = sum over k of x[source of r, k] w[expert of r, n, k]; SWIGLU: hidden[r, f] = silu(y[r, 2f]) y[r, 2f + 1] too."""
     tile, col = tile_position(num_tiles, tl.cdiv(N, COLS), GROUP)
@@ -160,7 +164,7 @@ def rows_kernel(  # type: ignore[no-untyped-def]
         w_ptrs += axis_offsets(k, stride_wk, stride_half, PAIRED_K)[:, None]
         w_step = stride_wk * (DEPTH // 2 if PAIRED_K else DEPTH)
         K = tl.where(expert < num_experts, K, 0)
-        acc = tile_product(x_ptrs, w_ptrs, n, N, K, w_step, ROWS, COLS, DEPTH, EVEN_N, EVEN_K, UPCAST)
+        acc = tile_product(x_ptrs, w_ptrs, n, N, K, w_step, ROWS, COLS, DEPTH, EVEN_N, EVEN_K, UPCAST, ACC)
         r64 = r.to(tl.int64)
         inside = r[:, None] < end
         tl.store(y_ptr + r64[:, None] * N + n[None, :], acc, mask=inside & (n[None, :] < N))
@@ -213,7 +217,7 @@ def swiglu_grad_part(  # type: ignore[no-untyped-def]
         f_inside, g_inside = inside, inside
     else:
         f_inside, g_inside = inside & (f[None, :] < N), inside & (g[None, :] < 2 * N)
-    pre = tl.load(pre_ptr + pairs, mask=g_inside, other=0.0).to(tl.float32)
+    pre = tl.load(pre_ptr + pairs, mask=g_inside, other=0.0).to(d.dtype)
     gate, up = tl.split(tl.reshape(pre, (ROWS, COLS, 2)))
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
@@ -222,7 +226,7 @@ def swiglu_grad_part(  # type: ignore[no-untyped-def]
     if SCALED:
         # read for each piece, so that they take no registers between; rows of no expert may have any weight, and stay zero
         choice = tl.load(order_ptr + r, mask=r < end, other=0)
-        scale = tl.load(scale_ptr + choice, mask=(r < end) & weighted, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + choice, mask=(r < end) & weighted, other=0.0).to(d.dtype)
         d *= scale[:, None]
         hidden *= scale[:, None]
     tl.store(hidden_ptr + r[:, None] * N + f[None, :], hidden, mask=f_inside)
@@ -260,31 +264,30 @@ def swiglu_grad_kernel(  # type: ignore[no-untyped-def]
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """From the gradient of the output to that of the pre-activation, in one pass over the pre-activation.
 
     d[r, f] = sum over k of grad[r, k] w[e, k, f]; hidden = silu(gate) up is formed again. Unscaled: grad_pre = d * hidden'.
-    SCALED, for rows that are weighted and summed by token: grad is read at the row's token, s[r] = scale at the row's choice,
-    grad_pre = s d hidden', stored is s * hidden (what the weight gradient needs), and the gradient of s, sum over f of
-    d * hidden, goes to grad_scale[column tile, r]: one number per tile of columns, so that no order is left to chance.
+    SCALED, for rows weighted and summed by token: grad is read at the row's token, s[r] = scale at the row's choice, grad_pre =
+    s d hidden', stored is s * hidden (for the weight gradient); the gradient of s, sum over f of d * hidden, goes to
+    grad_scale[column tile, r]: one number per tile of columns, so that no order is left to chance.
     """
     tile, col = tile_position(num_tiles, tl.cdiv(N, COLS), GROUP)
     expert = tl.load(tiles_ptr + tile)
     first = tl.load(tiles_ptr + num_tiles + tile)
     end = tl.load(tiles_ptr + 2 * num_tiles + tile)
     if first < end:
-        r = first + tl.arange(0, ROWS)
+        r, n, k = first + tl.arange(0, ROWS), col * COLS + tl.arange(0, COLS), tl.arange(0, DEPTH)
         source = tl.minimum(r, end - 1).to(tl.int64)
         if SCALED:
             source = token_of(tl.load(order_ptr + source), CHOICES)
-        n = col * COLS + tl.arange(0, COLS)
-        k = tl.arange(0, DEPTH)
         grad_ptrs = grad_ptr + source[:, None] * stride_grad + k[None, :]
         w_ptrs = w_ptr + expert.to(tl.int64) * stride_w + n[None, :] + k.to(tl.int64)[:, None] * stride_wk
         K = tl.where(expert < num_experts, K, 0)
-        d = tile_product(grad_ptrs, w_ptrs, n, N, K, DEPTH * stride_wk, ROWS, COLS, DEPTH, EVEN_N, EVEN_K, UPCAST)
-        # piece by piece: gate, up projection and their gradients of a whole tile do not fit registers
-        total = tl.zeros((ROWS,), tl.float32)
+        d = tile_product(grad_ptrs, w_ptrs, n, N, K, DEPTH * stride_wk, ROWS, COLS, DEPTH, EVEN_N, EVEN_K, UPCAST, ACC)
+        # piece by piece: a whole tile's gate, up projection and gradients do not fit registers
+        total = tl.zeros((ROWS,), ACC)
         for i in tl.static_range(8):
             piece = eighth(d, i, ROWS, COLS)
             total += swiglu_grad_part(
@@ -320,6 +323,7 @@ def weight_grad_kernel(  # type: ignore[no-untyped-def]
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """out[e, m, n] = sum over the rows r of expert e of a[source of r, m] b[source of r, n]; zeros for an empty expert."""
     expert = tl.program_id(1)
@@ -328,7 +332,7 @@ def weight_grad_kernel(  # type: ignore[no-untyped-def]
     end = tl.load(starts_ptr + expert + 1)
     m = row_tile * ROWS + tl.arange(0, ROWS)
     n = col * COLS + tl.arange(0, COLS)
-    acc = tl.zeros((ROWS, COLS), tl.float32)
+    acc = tl.zeros((ROWS, COLS), ACC)
     for r0 in range(start, end, DEPTH):
         r = r0 + tl.arange(0, DEPTH)
         inside = r < end
@@ -343,7 +347,7 @@ def weight_grad_kernel(  # type: ignore[no-untyped-def]
         a = tl.load(a_ptr + row_a[:, None] * stride_a + m[None, :], mask=mask_a, other=0.0)
         b = tl.load(b_ptr + row_b[:, None] * stride_b + n[None, :], mask=mask_b, other=0.0)
         if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
+            a, b = a.to(ACC), b.to(ACC)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee", out_dtype=ACC)
     out_ptrs = out_ptr + expert.to(tl.int64) * stride_out + axis_offsets(m, stride_m, stride_half, PAIRED_M)[:, None] + n[None, :]
     tl.store(out_ptrs, acc, mask=(m[:, None] < M) & (n[None, :] < N))

@@ -1,4 +1,4 @@
-"""The experts' computation on rows that are sorted by expert."""
+"""The experts' computation: on rows that are sorted by expert, and from tokens to tokens where all experts are at hand."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..backend import choose
+from ..permute import permute, unpermute
 from . import grouped_impl, reference
 from .loop_impl import MoeMlpLoop
 
-Backend = Literal["auto", "reference", "loop", "grouped", "triton"]
+Backend = Literal["auto", "torch", "triton", "reference", "loop", "grouped"]
 
 
-def choose_backend(x: Tensor) -> Backend:
-    """grouped (no host synchronisation) on GPU in bf16, else loop, which takes every dtype and is fastest on CPU.
+def choose_backend(x: Tensor, backend: Backend = "auto") -> str:
+    """The implementation for rows like `x`: "auto" is Triton where `backend.rule` says so, else "torch", and "torch" is
+    "grouped" (no host synchronisation) on GPU in bf16, else "loop", which takes every dtype and is fastest on CPU.
 
-    The Triton kernels have to be asked for: they pass in the interpreter and compile for sm_90, but were not run on a GPU yet.
+    Raises:
+        ValueError: an unknown name.
     """
-    return "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "loop"
+    chosen = choose("moe_mlp", backend, x, products=True, others=("reference", "loop", "grouped"))
+    if chosen == "torch":
+        return "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "loop"
+    return chosen
 
 
 def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, backend: Backend = "auto") -> Tensor:
@@ -29,12 +36,13 @@ def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, ba
         w13_E2FD: gate (index 0 of axis 1) and up (index 1) projections.
         w2_EDF: down projections.
         counts_E: int64, rows of each expert; may hold zeros. Rows beyond their sum give zeros and get zero gradients.
+        backend: see `choose_backend`.
 
     Returns:
         y_RD, same dtype as x_RD.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes that do not fit each other, or an unknown back end.
     """
     E, two, _, D = w13_E2FD.shape
     if two != 2 or x_RD.shape[-1] != D or counts_E.shape != (E,) or w2_EDF.shape != (E, D, w13_E2FD.shape[2]):
@@ -42,14 +50,52 @@ def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, ba
             f"moe_mlp: rows {tuple(x_RD.shape)}, w13 {tuple(w13_E2FD.shape)} [E, 2, F, D], w2 {tuple(w2_EDF.shape)} "
             f"[E, D, F] and counts {tuple(counts_E.shape)} [E] do not fit each other"
         )
-    backend = choose_backend(x_RD) if backend == "auto" else backend
-    if backend == "loop":
+    chosen = choose_backend(x_RD, backend)
+    if chosen == "loop":
         return MoeMlpLoop.apply(x_RD, w13_E2FD, w2_EDF, counts_E)
-    if backend == "triton":
+    if chosen == "triton":
         from . import triton_impl
 
         return triton_impl.moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E)
-    return (grouped_impl if backend == "grouped" else reference).moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E)
+    return (grouped_impl if chosen == "grouped" else reference).moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E)
 
 
-__all__ = ["Backend", "choose_backend", "moe_mlp"]
+def moe_layer_mlp(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    order_R: Tensor,
+    row_TK: Tensor,
+    counts_E: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    kept_TK: Tensor | None = None,
+    shared_TD: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """permute, moe_mlp and unpermute in one: in Triton the rows are neither copied into expert order nor saved for backward.
+
+    Args:
+        x_TD: tokens.
+        weights_TK: router weights, any float dtype; differentiable.
+        order_R, row_TK, counts_E, kept_TK: the plan of `sort_tokens`.
+        w13_E2FD, w2_EDF: as for `moe_mlp`.
+        shared_TD: added to the result (the shared experts' output, or a residual), in x's dtype.
+        backend: see `choose_backend`.
+
+    Returns:
+        y_TD[t] = sum over the kept k, in their order and in at least fp32, of weights_TK[t, k] * (expert's output for token t).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit each other, or an unknown back end.
+    """
+    chosen = choose_backend(x_TD, backend)
+    if chosen == "triton":
+        from . import triton_impl
+
+        return triton_impl.moe_layer_mlp(x_TD, weights_TK, order_R, row_TK, counts_E, w13_E2FD, w2_EDF, shared_TD)
+    x_RD = permute(x_TD, order_R, row_TK, kept_TK, backend="torch")
+    y_RD = moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E, backend=chosen)  # type: ignore[arg-type]
+    return unpermute(y_RD, weights_TK, order_R, row_TK, kept_TK, shared_TD, backend="torch")
+
+
+__all__ = ["Backend", "choose_backend", "moe_layer_mlp", "moe_mlp"]

@@ -81,6 +81,7 @@ class _MoeLayerMlp(torch.autograd.Function):
         counts_E: Tensor,
         w13_E2FD: Tensor,
         w2_EDF: Tensor,
+        shared_TD: Tensor | None,
         tiles: Tiles | None,
     ) -> Tensor:
         w13_E2FD, w2_EDF, weights_TK = w13_E2FD.contiguous(), w2_EDF.contiguous(), weights_TK.contiguous()
@@ -88,7 +89,7 @@ class _MoeLayerMlp(torch.autograd.Function):
         pre_RG, y_RD = _forward(x_TD, w13_E2FD, w2_EDF, plan, tiles)
         ctx.save_for_backward(x_TD, weights_TK, row_TK, w13_E2FD, w2_EDF, pre_RG)
         ctx.plan, ctx.tiles, ctx.places = plan, tiles, (0, 5, 6)
-        return gather_sum(y_RD, row_TK, weights_TK)
+        return gather_sum(y_RD, row_TK, weights_TK, shared_TD=shared_TD)
 
     @staticmethod
     @once_differentiable
@@ -99,7 +100,8 @@ class _MoeLayerMlp(torch.autograd.Function):
         grad_x_TD = None if grad_x_RD is None else gather_sum(grad_x_RD, row_TK)
         assert grad_scale_R is not None
         grad_weights_TK = grad_scale_R[row_TK].to(weights_TK.dtype)
-        return grad_x_TD, grad_weights_TK, None, None, None, grad_w13, grad_w2, None
+        grad_shared = grad_TD if ctx.needs_input_grad[7] else None
+        return grad_x_TD, grad_weights_TK, None, None, None, grad_w13, grad_w2, grad_shared, None
 
 
 def _check(
@@ -134,6 +136,7 @@ def moe_layer_mlp(
     counts_E: Tensor,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
+    shared_TD: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """From tokens to tokens where all experts are local: the rows are neither copied into expert order nor saved.
@@ -144,6 +147,7 @@ def moe_layer_mlp(
     Args:
         weights_TK: router weights, any float dtype.
         order_R, row_TK, counts_E: the plan of `sort_tokens`.
+        shared_TD: added before the sum is rounded; x's shape and dtype.
 
     Raises:
         ValueError: as `moe_mlp`.
@@ -156,5 +160,9 @@ def moe_layer_mlp(
             f"{op}: weights {weights_TK.dtype} {tuple(weights_TK.shape)} and row {tuple(row_TK.shape)} do not fit each other; "
             f"need floats [T, K]"
         )
-    check_devices(op, rows=x_TD, weights=weights_TK)
-    return _MoeLayerMlp.apply(x_TD, weights_TK, order_R, row_TK, counts_E, w13_E2FD, w2_EDF, tiles)
+    if shared_TD is not None and (shared_TD.shape != x_TD.shape or shared_TD.dtype != x_TD.dtype):
+        raise ValueError(
+            f"{op}: shared {shared_TD.dtype} {tuple(shared_TD.shape)} and tokens {x_TD.dtype} {tuple(x_TD.shape)} differ"
+        )
+    check_devices(op, rows=x_TD, weights=weights_TK, shared=shared_TD)
+    return _MoeLayerMlp.apply(x_TD, weights_TK, order_R, row_TK, counts_E, w13_E2FD, w2_EDF, shared_TD, tiles)

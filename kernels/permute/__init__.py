@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
+from ..backend import Backend, choose
 from .torch_impl import Permute, Unpermute
-
-Backend = Literal["auto", "torch", "triton"]
 
 
 def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None = None, backend: Backend = "auto") -> Tensor:
@@ -18,12 +15,12 @@ def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | Non
         x_TD: tokens.
         order_R, row_TK: the plan of `sort_tokens`.
         kept_TK: bool; choices that do not travel pass no gradient back. Their rows (the last ones) hold the token all the same.
-        backend: "torch", or "triton" for CUDA tensors; "auto" is torch.
+        backend: "torch", or "triton" for CUDA tensors; "auto" as `backend.rule` says.
 
     Returns:
         x_RD with R = T * K.
     """
-    if backend == "triton":
+    if choose("permute", backend, x_TD) == "triton":
         from . import triton_impl
 
         return triton_impl.permute(x_TD, order_R, row_TK, kept_TK)
@@ -36,18 +33,21 @@ def unpermute(
     order_R: Tensor,
     row_TK: Tensor,
     kept_TK: Tensor | None = None,
+    shared_TD: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Weighted sum of a token's rows: y_TD[t] = sum over k of weights_TK[t, k] * y_RD[row_TK[t, k]].
 
     Summed in the order of k in at least fp32, so that reruns are bitwise equal. Choices that are not kept add nothing,
-    whatever their rows hold. `backend`: as for `permute`.
+    whatever their rows hold. `shared_TD` (the shared experts' output, or a residual, in y's dtype) is added at the end; in
+    Triton before the sum is rounded, and without another pass over memory. `backend`: as for `permute`.
     """
-    if backend == "triton":
+    if choose("unpermute", backend, y_RD) == "triton":
         from . import triton_impl
 
-        return triton_impl.unpermute(y_RD, weights_TK, order_R, row_TK, kept_TK)
-    return Unpermute.apply(y_RD, weights_TK, order_R, row_TK, kept_TK)
+        return triton_impl.unpermute(y_RD, weights_TK, order_R, row_TK, kept_TK, shared_TD=shared_TD)
+    y_TD = Unpermute.apply(y_RD, weights_TK, order_R, row_TK, kept_TK)
+    return y_TD if shared_TD is None else y_TD + shared_TD
 
 
 __all__ = ["Backend", "permute", "unpermute"]

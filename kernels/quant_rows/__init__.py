@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..backend import Backend, choose
 from . import reference
 from .format import FORMATS, Format
 
-Backend = Literal["auto", "torch", "triton"]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_BLOCK = 32768
 """Columns of one scale."""
@@ -22,12 +22,6 @@ def _resolve_block(op: str, block: int | None, width: int) -> int:
     if not 1 <= resolved <= MAX_BLOCK:
         raise ValueError(f"{op}: one scale for {resolved} columns; 1 to {MAX_BLOCK} are possible, usual is block = 128")
     return resolved
-
-
-def _uses_triton(op: str, backend: Backend) -> bool:
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"{op}: backend {backend!r} is none of 'auto', 'torch', 'triton'")
-    return backend == "triton"
 
 
 def quantize_rows(
@@ -58,7 +52,7 @@ def quantize_rows(
     if x_RD.ndim != 2 or x_RD.dtype not in FLOATS:
         raise ValueError(f"quantize_rows: rows are {x_RD.dtype} {tuple(x_RD.shape)}; need float16, bfloat16 or float32 [R, D]")
     resolved = _resolve_block("quantize_rows", block, x_RD.shape[1])
-    if _uses_triton("quantize_rows", backend):
+    if choose("quantize_rows", backend, x_RD) == "triton":
         # not at the top: triton is absent on some machines without a GPU
         from . import triton_impl
 
@@ -87,7 +81,7 @@ def dequantize_rows(
             f"dequantize_rows: scales are {scales_RB.dtype} {tuple(scales_RB.shape)}; codes {tuple(codes_RD.shape)} in blocks of "
             f"{resolved} columns need float32 {expected}"
         )
-    if _uses_triton("dequantize_rows", backend):
+    if choose("dequantize_rows", backend, codes_RD) == "triton":
         from . import triton_impl
 
         return triton_impl.dequantize_rows(codes_RD, scales_RB, resolved, dtype)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "torch", "triton"]
+from ..backend import Backend, choose
 
 
 def count_choices(choices: Tensor, num_bins: int) -> Tensor:
@@ -27,14 +25,14 @@ def sort_tokens(
     Args:
         indices_TK: int64, expert of each choice, in [0, num_experts).
         kept_TK: bool, choices that travel; the others are sorted behind all experts. None = all.
-        backend: "torch", or "triton" for a counting sort on CUDA; "auto" is torch.
+        backend: "torch", or "triton" for a counting sort on CUDA; "auto" as `backend.rule` says.
 
     Returns:
         order_R: int64 [T*K], flat (token * K + k) index of each sorted row.
         row_TK: int64 [T, K], its inverse: the row at which each choice stands.
         counts_E: int64 [E], kept rows of each expert. Rows from counts_E.sum() on are not kept.
     """
-    if backend == "triton":
+    if choose("sort_tokens", backend, indices_TK) == "triton":
         from . import triton_impl
 
         return triton_impl.sort_tokens(indices_TK, num_experts, kept_TK)

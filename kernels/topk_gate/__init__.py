@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from ..backend import Backend, choose
 from . import reference
 from .rule import Gate, GateRule
-
-Backend = Literal["auto", "torch", "triton"]
 
 
 def topk_gate(
@@ -26,7 +23,7 @@ def topk_gate(
         logits_TE: fp32 or fp64, as narrower logits would tie and mis-rank experts.
         bias_E: added for the choice only (loss-free balancing, arXiv 2408.15664); gets no gradient.
         valid_T: bool, tokens that are counted; None = all. The others are routed all the same.
-        backend: "torch" or "triton" (one kernel each way); "auto" is torch.
+        backend: "torch" or "triton" (one kernel each way); "auto" as `backend.rule` says.
 
     Raises:
         ValueError: shapes, dtypes, devices or a rule that do not fit each other.
@@ -39,9 +36,7 @@ def topk_gate(
         raise ValueError(f"topk_gate: bias {tuple(bias_E.shape)} and logits {(T, E)} [T, E] differ in E")
     if valid_T is not None and (valid_T.shape != (T,) or valid_T.dtype != torch.bool):
         raise ValueError(f"topk_gate: valid is {valid_T.dtype} {tuple(valid_T.shape)}; logits {(T, E)} need bool {(T,)}")
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"topk_gate: backend {backend!r} is none of 'auto', 'torch', 'triton'")
-    if backend == "triton":
+    if choose("topk_gate", backend, logits_TE) == "triton":
         # not at the top: triton is absent on some machines without a GPU
         from . import triton_impl
 

@@ -163,9 +163,9 @@ def test_the_public_function_takes_the_back_end() -> None:
         ({"order_R": torch.arange(6)}, r"come together"),
         ({"order_R": torch.arange(5), "row_TK": torch.zeros(3, 2, dtype=torch.int64)}, r"\(5,\).*\(3, 2\)"),
         ({"order_R": torch.arange(6), "row_TK": torch.zeros(3, 2, dtype=torch.int64)}, r"\(6, 24\) has 6 rows; 3"),
-        ({"x": torch.zeros(6, D).double(), "w_END": torch.zeros(2, N, D).double()}, r"float64; the Triton kernels take"),
+        ({"x": torch.zeros(6, D).int(), "w_END": torch.zeros(2, N, D).int()}, r"int32; the Triton kernels take"),
     ],
-    ids=["dtypes", "dims", "experts", "counts", "devices", "half-a-plan", "plan-shapes", "tokens", "fp64"],
+    ids=["dtypes", "dims", "experts", "counts", "devices", "half-a-plan", "plan-shapes", "tokens", "int32"],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Tensor], says: str) -> None:
     good = {"x": torch.zeros(6, D), "w_END": torch.zeros(2, N, D), "counts_E": torch.tensor([3, 3])}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moefold.kernels.grouped_gemm.tiles import Tile, Tiles
+from moefold.kernels.moe_mlp import moe_layer_mlp as public_layer
 from moefold.kernels.moe_mlp import reference
 from moefold.kernels.moe_mlp.triton_impl import moe_layer_mlp, moe_mlp
 from moefold.kernels.permute import reference as permutation
@@ -153,6 +154,19 @@ def test_layer_equals_the_specification(T: int, K: int, E: int, drop: bool) -> N
     assert_same(run(partial(moe_layer_mlp, **plan, tiles=FINE), inputs, torch.float32), want, RTOL)
 
 
+def test_layer_adds_the_shared_experts() -> None:
+    inputs, plan = layer_case(14, 3, 5)
+    inputs["shared_TD"] = torch.randn(14, D)
+    want = run(lambda shared_TD, **others: layer_reference(**others, **plan) + shared_TD, inputs)
+    assert_same(run(partial(small_layer, **plan), inputs, torch.float32), want, RTOL)
+    assert_same(run(partial(public_layer, **plan, backend="triton"), inputs, torch.float32), want, RTOL)
+
+
+def test_layer_in_float64() -> None:
+    inputs, plan = layer_case(14, 3, 5)
+    assert_same(run(partial(small_layer, **plan), inputs), run(partial(layer_reference, **plan), inputs), 1e-13)
+
+
 def test_layer_production_tiles() -> None:
     inputs, plan = layer_case(20, 2, 3)
     want = run(partial(layer_reference, **plan), inputs)
@@ -205,8 +219,9 @@ def test_weights_without_gradient_cost_none() -> None:
         ({"weights_TK": torch.zeros(3, 3)}, r"\(3, 3\).*\(3, 2\)"),
         ({"weights_TK": torch.zeros(3, 2, dtype=torch.int64)}, r"need floats"),
         ({"x_TD": torch.zeros(4, D)}, r"\(4, 24\) has 4 rows; 3"),
+        ({"shared_TD": torch.zeros(3, D + 1)}, r"shared torch.float32 \(3, 25\).*differ"),
     ],
-    ids=["dtypes", "w2", "w13", "experts", "devices", "weights", "integer-weights", "tokens"],
+    ids=["dtypes", "w2", "w13", "experts", "devices", "weights", "integer-weights", "tokens", "shared"],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Tensor], says: str) -> None:
     plan = {"order_R": torch.arange(6), "row_TK": torch.arange(6).view(3, 2), "counts_E": torch.tensor([3, 3])}

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefold.kernels.moe_mlp import Backend, choose_backend, moe_mlp
+from moefold.kernels.moe_mlp import Backend, choose_backend, moe_layer_mlp, moe_mlp
+from moefold.kernels.permute import permute, unpermute
+from moefold.kernels.sort_tokens import sort_tokens
 from numeric import assert_same, with_gradients
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -108,6 +110,30 @@ def test_auto_takes_the_loop_on_cpu() -> None:
     assert {choose_backend(torch.empty(0, D, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16)} == {"loop"}
     counts, inputs = [2, 3], tensors([2, 3], torch.float64)
     assert_same(run("auto", counts, inputs), run("loop", counts, inputs))
+
+
+def test_unknown_back_ends_are_refused() -> None:
+    with pytest.raises(ValueError, match="moe_mlp: backend 'fastest' is none of 'auto', 'torch', 'triton'"):
+        run("fastest", [2, 3], tensors([2, 3], torch.float64))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference", "loop"])
+@pytest.mark.parametrize("drops", [False, True], ids=["all-kept", "some-dropped"])
+def test_tokens_to_tokens_is_permute_experts_unpermute_and_the_addition(backend: Backend, drops: bool) -> None:
+    T, E, K = 19, 4, 2
+    indices_TK = torch.rand(T, E).argsort(-1)[:, :K]
+    kept_TK = torch.rand(T, K) < 0.6 if drops else None
+    order_R, row_TK, counts_E = sort_tokens(indices_TK, E, kept_TK)
+    inputs = {"x_TD": torch.randn(T, D), "weights_TK": torch.rand(T, K), "shared_TD": torch.randn(T, D)}
+    inputs |= {name: x for name, x in tensors([0] * E, torch.float32).items() if name != "x_RD"}
+    inputs = {name: x.double() for name, x in inputs.items()}
+
+    def in_steps(x_TD: Tensor, weights_TK: Tensor, shared_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
+        y_RD = moe_mlp(permute(x_TD, order_R, row_TK, kept_TK), w13_E2FD, w2_EDF, counts_E, "reference")
+        return unpermute(y_RD, weights_TK, order_R, row_TK, kept_TK) + shared_TD
+
+    plan = {"order_R": order_R, "row_TK": row_TK, "counts_E": counts_E, "kept_TK": kept_TK, "backend": backend}
+    assert_same(with_gradients(partial(moe_layer_mlp, **plan), inputs), with_gradients(in_steps, inputs), 1e-13)
 
 
 @pytest.mark.parametrize(

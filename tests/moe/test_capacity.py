@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moefold.moe.capacity import expert_capacity, keep_within_capacity
 from moefold.moe.config import MoEConfig, RouterConfig
-from moefold.moe.dispatch import Dispatched
+from moefold.moe.dispatch import Dispatched, RowDispatcher
 from moefold.moe.layer import MoELayer
 from numeric import assert_same, with_gradients
 
@@ -226,7 +226,7 @@ class Poison(torch.autograd.Function):
         return torch.cat([grad_RD[: ctx.end], torch.full_like(grad_RD[ctx.end :], torch.nan)]), None
 
 
-class PoisoningDispatcher:
+class PoisoningDispatcher(RowDispatcher):
     """Rows that do not travel come back as NaN, and so do their gradients."""
 
     def dispatch(self, rows_RD: Tensor, counts_E: Tensor) -> Dispatched:
