@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..backend import Backend, choose
-from .torch_impl import Permute, Unpermute
+from .torch_impl import Permute, SumRows, Unpermute
 
 
 def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None = None, backend: Backend = "auto") -> Tensor:
@@ -29,7 +30,7 @@ def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | Non
 
 def unpermute(
     y_RD: Tensor,
-    weights_TK: Tensor,
+    weights_TK: Tensor | None,
     order_R: Tensor,
     row_TK: Tensor,
     kept_TK: Tensor | None = None,
@@ -39,14 +40,19 @@ def unpermute(
     """Weighted sum of a token's rows: y_TD[t] = sum over k of weights_TK[t, k] * y_RD[row_TK[t, k]].
 
     Summed in the order of k in at least fp32, so that reruns are bitwise equal. Choices that are not kept add nothing,
-    whatever their rows hold. `shared_TD` (the shared experts' output, or a residual, in y's dtype) is added at the end; in
-    Triton before the sum is rounded, and without another pass over memory. `backend`: as for `permute`.
+    whatever their rows hold. Without weights the rows are summed as they are. `shared_TD` (the shared experts' output, or a
+    residual, in y's dtype) is added at the end; in Triton before the sum is rounded, and without another pass over memory.
+    `backend`: as for `permute`.
     """
     if choose("unpermute", backend, y_RD) == "triton":
         from . import triton_impl
 
+        weights_TK = y_RD.new_ones(row_TK.shape, dtype=torch.float32) if weights_TK is None else weights_TK
         return triton_impl.unpermute(y_RD, weights_TK, order_R, row_TK, kept_TK, shared_TD=shared_TD)
-    y_TD = Unpermute.apply(y_RD, weights_TK, order_R, row_TK, kept_TK)
+    if weights_TK is None:
+        y_TD = SumRows.apply(y_RD, order_R, row_TK, kept_TK)
+    else:
+        y_TD = Unpermute.apply(y_RD, weights_TK, order_R, row_TK, kept_TK)
     return y_TD if shared_TD is None else y_TD + shared_TD
 
 

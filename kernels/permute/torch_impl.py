@@ -24,6 +24,8 @@ def gather_sum(y_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None, kept_TK:
         weights_TK = None if weights_TK is None else weights_TK.detach().to(wide)
         return embedding_bag(row_TK, y_RD.detach(), mode="sum", per_sample_weights=weights_TK)
     out_TD = y_RD.new_zeros(row_TK.shape[0], y_RD.shape[1], dtype=wide)
+    if weights_TK is not None and kept_TK is not None:
+        weights_TK = weights_TK.masked_fill(~kept_TK, 0)
     for k in range(row_TK.shape[1]):
         part_TD = y_RD.index_select(0, row_TK[:, k]).to(wide)
         if kept_TK is not None:
@@ -47,6 +49,25 @@ class Permute(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         row_TK, kept_TK = ctx.saved_tensors
         return gather_sum(grad_RD, row_TK, None, kept_TK), None, None, None
+
+
+class SumRows(torch.autograd.Function):
+    """The adjoint of `Permute`: a token's kept rows are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+        ctx.save_for_backward(order_R, kept_TK)
+        ctx.choices = row_TK.shape[1]
+        return gather_sum(y_RD, row_TK, None, kept_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        order_R, kept_TK = ctx.saved_tensors
+        grad_RD = grad_TD.index_select(0, order_R // ctx.choices)
+        if kept_TK is not None:
+            grad_RD.masked_fill_(~kept_TK.flatten().index_select(0, order_R)[:, None], 0)
+        return grad_RD, None, None, None
 
 
 class Unpermute(torch.autograd.Function):

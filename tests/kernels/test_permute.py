@@ -86,6 +86,25 @@ def test_rows_that_did_not_travel_leak_nowhere() -> None:
     assert_same({"gradient of x_TD": grad_dirty}, {"gradient of x_TD": grad_clean})
 
 
+def test_weights_of_what_did_not_travel_may_hold_anything() -> None:
+    order_R, row_TK, _, kept_TK = plan(20, 3, 5, drops=True)
+    assert kept_TK is not None
+    inputs = {"y_RD": torch.randn(60, D), "weights_TK": torch.rand(20, 3)}
+    back = partial(unpermute, order_R=order_R, row_TK=row_TK, kept_TK=kept_TK)
+    want = with_gradients(back, inputs)
+    assert_same(with_gradients(back, inputs | {"weights_TK": inputs["weights_TK"].masked_fill(~kept_TK, torch.nan)}), want)
+
+
+@DROPS
+def test_without_weights_rows_are_summed(drops: bool) -> None:
+    order_R, row_TK, _, kept_TK = plan(20, 3, 5, drops)
+    inputs, shared_TD = {"y_RD": torch.randn(60, D)}, torch.randn(20, D)
+    ones_TK = torch.ones(20, 3)
+    got = with_gradients(lambda y_RD: unpermute(y_RD, None, order_R, row_TK, kept_TK, shared_TD), inputs)
+    want = with_gradients(lambda y_RD: unpermute(y_RD, ones_TK, order_R, row_TK, kept_TK) + shared_TD, inputs)
+    assert_same(got, want, rtol=1e-6)
+
+
 @given(tokens=st.integers(1, 12), k=st.sampled_from([1, 2, 4, 8]), spare=st.integers(0, 5), seed=st.integers(0, 1 << 16))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equal_weights_bring_every_token_back(tokens: int, k: int, spare: int, seed: int) -> None:
