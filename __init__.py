@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .launch.pretrain import pretrain
     from .launch.report import report
     from .launch.settings import RunConfig
-    from .moe.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
+    from .moe.config import BalanceConfig, CompressConfig, ModelConfig, MoEConfig, RouterConfig
     from .moe.layer import MoELayer
     from .moe.model import Model
     from .parallel.topology import Topology
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BalanceConfig",
+    "CompressConfig",
     "MoEConfig",
     "MoELayer",
     "Model",
@@ -35,6 +36,7 @@ __all__ = [
 _HOMES = MappingProxyType(
     {
         "BalanceConfig": "moe.config",
+        "CompressConfig": "moe.config",
         "MoEConfig": "moe.config",
         "MoELayer": "moe.layer",
         "Model": "moe.model",

@@ -54,6 +54,7 @@ def console_line(record: Mapping[str, Any], total_steps: int, *, device: str = "
         each = record.get("perf/tokens_per_s_gpu")
         parts.append(f"{human(record['perf/tokens_per_s'])} tok/s" + (f" ({human(each)}/{device})" if each is not None else ""))
     parts += part("mfu", "perf/mfu", ".0f", 100, "%") + part("mem", "mem/peak_gib", ".1f", unit=" GiB")
+    parts += part("a2a", "comm/a2a_share", ".0f", 100, "%")
     parts += part("load cv", "moe/load_cv", ".2f") + part("drop", "moe/drop_frac", ".1f", 100, "%")
     if record.get("perf/step_s") is not None and record["step"] < total_steps:
         overhead = (record.get("perf/checkpoint_s") or 0) + (record.get("perf/log_s") or 0)

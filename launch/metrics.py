@@ -63,6 +63,14 @@ REGISTRY: tuple[Metric, ...] = (
     Metric("perf/optimizer_s", "s/step", "Part of perf/step_s in clipping, optimizer update and expert bias"),
     Metric("perf/checkpoint_s", "s/step", "Time that checkpoints hold up training, spread over the steps since the last line"),
     Metric("perf/log_s", "s/step", "Time that metrics hold up training, spread over the steps since the last line"),
+    Metric(
+        "comm/a2a_s", "s/step", "Time that a rank waits in the all-to-all (counts, dispatch, combine; both ways); mean over ranks"
+    ),
+    Metric("comm/a2a_share", "fraction", "comm/a2a_s / time of the step from its first collective to its last"),
+    Metric("comm/a2a_gib", "GiB/step", "What a rank sends to others in the all-to-all; mean over ranks"),
+    Metric("comm/exposed_share", "fraction", "Time that a rank waits in any collective / time of the step as in comm/a2a_share"),
+    Metric("comm/hidden_s", "s/step", "Time of collectives under way while a rank works on, at most; mean over ranks"),
+    Metric("comm/skew_s", "s/step", "Part of the waiting until the last rank has come to a collective; mean over ranks"),
     Metric("mem/peak_gib", "GiB", "Peak device memory allocated since the last line (on a CPU: of the process); largest rank"),
     Metric("moe/load_cv", "1", "Standard deviation / mean of the load over experts, in the global batch; mean over MoE layers"),
     Metric("moe/load_max", "ratio", "Load ratio of the busiest expert (load / ideal, 1 = balanced); mean over MoE layers"),
@@ -70,6 +78,13 @@ REGISTRY: tuple[Metric, ...] = (
     Metric("moe/dead_frac", "fraction", "Experts that no token of the global batch was sent to; mean over MoE layers"),
     Metric("moe/entropy", "fraction", "Entropy of the load over experts / log(experts); 1 = balanced; mean over MoE layers"),
     Metric("moe/drop_frac", "fraction", "Token-expert pairs dropped over capacity / all pairs; 0 when dropless"),
+    Metric("moe/rows_sent_frac", "fraction", "Rows sent to experts / choices that were not dropped; with compression"),
+    Metric(
+        "moe/compress_error",
+        "1",
+        "Of sampled tokens: length of the error that compression makes in the experts' weighted sum / length of the exact sum; "
+        "mean over MoE layers",
+    ),
     Metric("moe/max_violation", "1", "moe/load_max - 1 (MaxVio, arXiv 2408.15664), in the global batch; mean over MoE layers"),
     Metric(
         "moe/max_violation_micro",
@@ -87,6 +102,8 @@ REGISTRY: tuple[Metric, ...] = (
     ),
     Metric("eval/loss", "nats/token", "Cross entropy on held-out text"),
     Metric("eval/bits_per_byte", "bits/byte", "eval/loss · tokens / (ln 2 · bytes): comparable between tokenizers"),
+    Metric("eval/loss_compressed", "nats/token", "eval/loss with the compression of training"),
+    Metric("eval/bits_per_byte_compressed", "bits/byte", "eval/bits_per_byte with the compression of training"),
     Metric("eval/bits_per_byte/<domain>", "bits/byte", "eval/bits_per_byte of the held-out text of one data source"),
     Metric(
         "eval/bigram_bits_per_byte", "bits/byte", "Held-out text under a byte-bigram model of the training text: the baseline"

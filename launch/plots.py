@@ -173,6 +173,25 @@ def load_maps(
     )
 
 
+def matrix(name: str, title: str, values: Sequence[Sequence[float]], axes: tuple[str, str], unit: str) -> str:
+    """A table of numbers as a map with colours from 0 to the largest. axes: what its rows and its columns are."""
+
+    def draw(fig: Figure) -> None:
+        from matplotlib import colormaps
+
+        ax = fig.add_subplot()
+        top = max((v for row in values for v in row), default=0.0) or 1.0
+        shown = ax.imshow(values, cmap=colormaps["Blues"].resampled(32), vmin=0, vmax=top, interpolation="none")
+        _layer_ticks(ax, range(len(values)))
+        ax.set_ylabel(axes[0])
+        ax.set_xlabel(axes[1])
+        bar = fig.colorbar(shown, ax=ax, fraction=0.05, pad=0.02)
+        bar.set_label(unit, color=_INK, fontsize=9)
+        bar.ax.yaxis.set_major_formatter(lambda v, _: _tick(float(f"{v:.3g}")))
+
+    return _render(name, title, draw, width=HALF, height=3.6)
+
+
 def smoothed(y: Sequence[float], span: float | None = None) -> list[float]:
     """Running mean of y, weighted exponentially to both sides so that it does not lag behind; NaN is passed over.
 

@@ -16,9 +16,11 @@ import torch
 from ..moe.errors import CheckpointError, DataError, MoefoldError, NumericsError, Problem, TopologyError
 from ..parallel.apply import compute_dtype
 from ..parallel.engine import Engine, OptimizerSettings
-from ..parallel.mesh import Mesh, build_mesh
+from ..parallel.mesh import Mesh, build_mesh, find_nodes
+from ..parallel.recorder import CommRecorder
 from ..parallel.topology import Topology
 from .checkpoint import Checkpointer
+from .comm import CommLog, watch_stalls
 from .config import Loaded, check_world, dump
 from .data.bigram import baseline
 from .data.documents import Problems, label, list_files
@@ -83,8 +85,9 @@ def pretrain(config: RunConfig, *, origins: Mapping[str, str] | None = None) -> 
     device = choose_device(config.train.device, here)
     if config.model.moe is not None:
         check_backend(config.model.moe, device)
-    with joined(here, device, timeout_s=config.parallel.timeout_s, threads=config.train.threads), StopRequest() as stop:
-        crew = Crew()
+    joining = joined(here, device, timeout_s=config.parallel.timeout_s, threads=config.train.threads)
+    with joining as store, StopRequest() as stop:
+        crew = Crew(store)
         run, decision = _open_run(config, crew, origins)
         try:
             result = _train(config, topology, device, crew, run, decision, stop)
@@ -191,8 +194,11 @@ def _train(
         share=crew.share,
         progress=say,
     )
-    mesh = build_mesh(topology, device, config.parallel.timeout_s)
-    engine = build_engine(config, mesh, len(data.domains))
+    in_two_levels = config.model.moe is not None and config.model.moe.dispatcher == "hierarchical"
+    nodes = find_nodes(config.parallel.ranks_per_node) if in_two_levels else None
+    mesh = build_mesh(topology, device, config.parallel.timeout_s, nodes)
+    recorder = CommRecorder(crew.rank, device) if config.log.comm and crew.world > 1 else None
+    engine = build_engine(config, mesh, len(data.domains), recorder)
     checkpointer = Checkpointer(run.checkpoints, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
     meta = {"model": dataclasses.asdict(config.model), "data": _data_identity(config, data), "layout": topology.to_dict()}
     tokens = _restore(engine, checkpointer, decision, meta, say)
@@ -206,9 +212,11 @@ def _train(
         tensorboard_dir=run.tensorboard if config.log.tensorboard else None,
         device="gpu" if device.type == "cuda" else "rank",
     )
-    trainer = Trainer(config, engine, data, checkpointer, sinks, stop, meta, tokens)
+    comm = None if recorder is None else CommLog(recorder, crew.group, run.path / "comm.json")
+    trainer = Trainer(config, engine, data, checkpointer, sinks, stop, meta, tokens, comm)
     try:
-        evaluation = trainer.run()
+        with watch_stalls(recorder, crew, config.parallel.timeout_s):
+            evaluation = trainer.run()
         done = engine.step >= config.train.total_steps(config.data.seq_len)
         if done:
             _finish(config, engine, data, run, evaluation, sinks, crew, say)
@@ -218,6 +226,8 @@ def _train(
         raise
     finally:
         sinks.close()
+        if comm is not None:
+            comm.write()
     say(f"checkpoint: {run.latest_checkpoint()}")
     code = 0 if done else int(crew.share(stop.exit_code if stop.signal is not None else 75))
     return RunResult(run.path, code, engine.step, evaluation)
@@ -254,7 +264,7 @@ def _finish(
         _compare_with_bigram(data, evaluation, engine.step, sinks, crew, say)
 
 
-def build_engine(config: RunConfig, mesh: Mesh, num_domains: int) -> Engine:
+def build_engine(config: RunConfig, mesh: Mesh, num_domains: int, recorder: CommRecorder | None = None) -> Engine:
     """The model, its optimizer and its balance state as `config` wants them, spread over `mesh`. Collective."""
     o = config.train.optimizer
     return Engine(
@@ -265,6 +275,8 @@ def build_engine(config: RunConfig, mesh: Mesh, num_domains: int) -> Engine:
         recompute=config.parallel.recompute,
         optimizer=OptimizerSettings((o.beta1, o.beta2), o.eps, o.weight_decay, config.train.grad_clip, o.implementation),
         num_domains=num_domains,
+        pieces=config.parallel.pieces,
+        recorder=recorder,
     )
 
 

@@ -75,8 +75,9 @@ def choose_device(wanted: str, here: Rank) -> torch.device:
 
 
 @contextmanager
-def joined(here: Rank, device: torch.device, *, timeout_s: float, threads: int | None = None) -> Iterator[None]:
-    """The default process group of all ranks while the body runs. Leaves a group that exists already alone.
+def joined(here: Rank, device: torch.device, *, timeout_s: float, threads: int | None = None) -> Iterator[dist.Store | None]:
+    """The default process group of all ranks while the body runs; yields its store. Leaves a group that exists already alone,
+    and then yields None.
 
     Raises CommError where the ranks do not find each other.
     """
@@ -86,28 +87,27 @@ def joined(here: Rank, device: torch.device, *, timeout_s: float, threads: int |
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if dist.is_initialized():
-            yield
+            yield None
             return
-        _join(here, device, timedelta(seconds=timeout_s))
+        store = _join(here, device, timedelta(seconds=timeout_s))
         try:
-            yield
+            yield store
         finally:
             dist.destroy_process_group()
     finally:
         torch.set_num_threads(threads_before)
 
 
-def _join(here: Rank, device: torch.device, timeout: timedelta) -> None:
+def _join(here: Rank, device: torch.device, timeout: timedelta) -> dist.Store:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
-        if here.launched:
-            store = _fresh_store(here, timeout)
-            dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        rank, world = (here.rank, here.world) if here.launched else (0, 1)
+        store = _fresh_store(here, timeout) if here.launched else dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except dist.DistError as error:
         what = f"rank {here.rank} of {here.world} did not find the others"
         raise CommError(f"{what} (parallel.timeout_s = {timeout.total_seconds():g}): {_first_line(error)}") from error
+    return store
 
 
 def _fresh_store(here: Rank, timeout: timedelta) -> dist.Store:
@@ -137,9 +137,13 @@ def _fresh_store(here: Rank, timeout: timedelta) -> dist.Store:
 
 
 class Crew:
-    """All ranks of a run: what one of them tells the others, and which of them are alive. Made by every rank together."""
+    """All ranks of a run: what one of them tells the others, and which of them are alive. Made by every rank together.
 
-    def __init__(self) -> None:
+    store: of the default process group, if this program made it.
+    """
+
+    def __init__(self, store: dist.Store | None = None) -> None:
+        self.store = store
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.members: list[tuple[str, int]] = [("", 0)] * self.world

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..moe.errors import RunDirError
-from . import report_experts, report_sections
+from . import report_comm, report_experts, report_sections
 from .report_parts import STYLE, RunData, Runs, load_runs
 from .rundir import write_atomic
 
@@ -49,6 +49,12 @@ SECTIONS: tuple[Section, ...] = (
         "Throughput and step time",
         report_sections.throughput,
         "metrics.jsonl has no perf/ values yet; they come with every line, from the second on.",
+    ),
+    Section(
+        "communication",
+        "Communication",
+        report_comm.communication,
+        "comm.json comes from runs on several ranks with log.comm = true.",
     ),
     Section("experts", "Expert load", report_experts.experts, "the model has no MoE layers, or no moe/ values were logged yet."),
     Section("domains", "Expert load by domain", report_experts.domains, "train on several data.sources; each is a domain."),

@@ -31,6 +31,7 @@ class RunData:
     status: Mapping[str, Any]
     metrics: Metrics
     sample: str | None
+    comm: Mapping[str, Any]
 
     @property
     def state(self) -> str:
@@ -101,6 +102,7 @@ def _load(path: Path) -> RunData:
         origin=parsed("origin.json"),
         status=parsed("status.json"),
         metrics=read_metrics(path / "metrics.jsonl"),
+        comm=parsed("comm.json"),
         sample=sample.read_text(encoding="utf-8", errors="replace") if sample.exists() else None,
     )
 

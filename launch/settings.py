@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..moe.config import ModelConfig, check_types, not_negative, positive, raise_if
+from ..moe.checks import check_types, not_negative, positive, raise_if
+from ..moe.config import ModelConfig
 from ..moe.errors import Problem
 from ..parallel.config import ParallelConfig
 
@@ -202,6 +203,8 @@ class LogConfig:
     every: int = 10
     """Steps between metric lines."""
     tensorboard: bool = True
+    comm: bool = True
+    """Record every collective: `comm/` metrics and comm.json, for runs on several ranks."""
     report: bool = True
     """Write report.html at the end."""
 

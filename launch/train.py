@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..moe.compress import rate_at
 from ..moe.stats import drop_fraction, load_ratio, load_stats
 from ..parallel.engine import Engine, MicroBatch, StepResult
 from ..parallel.optimizer import learning_rate
 from .checkpoint import Checkpointer
+from .comm import CommLog
 from .data.loader import Data, Prefetcher
 from .evaluate import Evaluation, evaluate, micro_batch
 from .metrics import Sinks
@@ -57,6 +59,7 @@ class Trainer:
     stop: StopRequest
     meta: Mapping[str, Any]
     tokens: int = 0
+    comm: CommLog | None = None
     times: Times = field(default_factory=Times)
     last_lr: float = 0.0
 
@@ -115,6 +118,7 @@ class Trainer:
             decay_steps=t.decay_steps,
             min_ratio=t.min_lr_ratio,
         )
+        self.compress(self.engine.step, total)
         result = self.engine.train_step(batch, lr, vote=self.stop.signal is not None)
         self.tokens += result.tokens
         c.optimizer += result.optimizer_s
@@ -122,6 +126,13 @@ class Trainer:
         c.steps += 1
         self.last_lr = lr
         return result
+
+    def compress(self, step: int, total: int) -> None:
+        """Have the step compress as its place in the schedule says, and measure the error if it will be logged."""
+        moe = self.config.model.moe
+        if moe is not None and moe.compress.method != "none":
+            logged = (step + 1) % self.config.log.every == 0 or step + 1 == total
+            self.engine.set_compression(rate_at(moe.compress, step, total), moe.compress.error_tokens if logged else 0)
 
     def log(self, result: StepResult) -> None:
         """One metric record."""
@@ -135,6 +146,7 @@ class Trainer:
             **self._throughput(result),
             **load_metrics(result, self.engine, self.data.domains),
             "mem/peak_gib": self._peak_memory_gib(),
+            **(self.comm.sample(self.engine.step - 1) if self.comm is not None else {}),
         }
         self.sinks.write("step", self.engine.step, values)
         self.times = Times(log=time.perf_counter() - start_s)
@@ -173,10 +185,21 @@ class Trainer:
         """Evaluate on held-out text, if there is any."""
         if self.data.evaluation is None:
             return None
+        self.engine.set_compression(1.0)
         result = evaluate(self.engine, self.data, self.micro_rows[0])
         if record:
-            self.sinks.write("eval", self.engine.step, result.metrics())
+            self.sinks.write("eval", self.engine.step, result.metrics() | self.evaluate_compressed())
         return result
+
+    def evaluate_compressed(self) -> dict[str, float]:
+        """Metrics of evaluation with compression, if `model.moe.compress.in_eval` asks for it; leaves the engine exact."""
+        moe = self.config.model.moe
+        if moe is None or moe.compress.method == "none" or not moe.compress.in_eval:
+            return {}
+        self.engine.set_compression(moe.compress.rate)
+        result = evaluate(self.engine, self.data, self.micro_rows[0])
+        self.engine.set_compression(1.0)
+        return {"eval/loss_compressed": result.loss, "eval/bits_per_byte_compressed": result.bits_per_byte}
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
@@ -209,6 +232,12 @@ def load_metrics(result: StepResult, engine: Engine, domains: tuple[str, ...]) -
         "moe/router_logit_max": s.logit_max,
         "moe/load_LE": load_ratio(s.counts_LE).tolist(),
     }
+    if s.rows_sent_L is not None and any(layer.codec is not None for layer in engine.layers):
+        assert s.compress_error_L is not None
+        kept_L = s.counts_LE.sum(-1) - s.dropped_L
+        values["moe/rows_sent_frac"] = float(s.rows_sent_L.sum() / kept_L.sum().clamp_min(1))
+        measured_L = s.compress_error_L[s.compress_error_L.isfinite()]
+        values |= {"moe/compress_error": float(measured_L.mean())} if measured_L.numel() else {}
     if biases:
         values["moe/bias_max"] = float(torch.stack(biases).max())
     if len(domains) > 1:

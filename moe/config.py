@@ -7,84 +7,13 @@ with paths as they are written in TOML files and flags (`model.moe.top_k`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Literal
 
-from .errors import ConfigError, Problem
+from .checks import check_types, not_negative, positive, raise_if
+from .errors import Problem
 
 _NO_CAPACITY = "no token would reach an expert; use a positive factor, or leave it out for dropless"
-_WORDS = MappingProxyType({int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "None"})
-
-
-def check_types(owner: Any, path: str) -> None:
-    """Raise `ConfigError` naming every field of a record whose value is not of its annotated type, with what would be legal.
-
-    Files and flags are checked before a record is built; this is for records built in Python. Comes first in `__post_init__`,
-    because the checks of values may rely on it.
-    """
-    hints = get_type_hints(type(owner))
-    values = {f.name: getattr(owner, f.name) for f in fields(owner)}
-    raise_if(
-        [
-            Problem(f"{path}.{name}".lstrip("."), f"is {value!r}, but must be {_expected(hints[name])}")
-            for name, value in values.items()
-            if not _fits(value, hints[name])
-        ]
-    )
-
-
-def _fits(value: object, hint: Any) -> bool:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in args
-    if origin is UnionType:
-        return any(_fits(value, arg) for arg in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _expected(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, args))}"
-    if origin is UnionType:
-        return " or ".join(map(_expected, args))
-    if origin is tuple:
-        return f"a tuple, each element {_expected(args[0])}"
-    return _WORDS.get(hint) or f"a {hint.__name__}"
-
-
-def positive(owner: object, path: str, names: Sequence[str]) -> list[Problem]:
-    """Problems for every field among `names` that is set, but not a positive finite number."""
-    return _outside(owner, path, names, ("must be positive", " and finite"), lambda value: value > 0)
-
-
-def not_negative(owner: object, path: str, names: Sequence[str]) -> list[Problem]:
-    """Problems for every field among `names` that is set, but negative or not finite."""
-    return _outside(owner, path, names, ("must not be negative", ", and must be finite"), lambda value: value >= 0)
-
-
-def _outside(
-    owner: object, path: str, names: Sequence[str], rule: tuple[str, str], legal: Callable[[Any], bool]
-) -> list[Problem]:
-    problems = []
-    for name in names:
-        value = getattr(owner, name)
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if value is not None and not (finite and legal(value)):
-            problems.append(Problem(f"{path}.{name}", f"is {value}, but {rule[0]}{'' if finite else rule[1]}"))
-    return problems
-
-
-def raise_if(problems: list[Problem]) -> None:
-    """Raise `ConfigError` with all problems, if there are any."""
-    if problems:
-        raise ConfigError(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +78,55 @@ class BalanceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """Sending fewer rows than there are choices: those of one expert that hash alike travel as their mean (LSH-MoE, arXiv
+    2411.08446). Routing, losses and capacity are always those of the original tokens."""
+
+    method: Literal["none", "lsh"] = "none"
+    """lsh: codes of cross-polytope hashes, one row for each (expert, code)."""
+    rate: float | None = 0.2
+    """Rows that travel, as a part of the choices that would, per rank and layer; codes are shortened and buckets merged until
+    that is kept. None = as many as the whole codes tell apart. One row per expert is the least there can be."""
+    hashes: int = 6
+    """Length of a code; more tell more rows apart."""
+    hash_width: int = 16
+    """Random directions of each hash, at most the model's dim."""
+    radius: float | None = None
+    """Rows farther from their mean than this part of their length travel exactly, also beyond `rate`. None = no bound."""
+    exact_choices: int = 0
+    """Choices of each token, best first, that always travel exactly."""
+    gate_weighted: bool = False
+    """Means are weighted by the router weights, so that the weighted sums of a token lose least."""
+    compensation: Literal["none", "identity", "scalar", "diagonal"] = "identity"
+    """What is added to an expert's result for what the mean lost, x - c: nothing, itself (the paper), or itself times a trained
+    number or vector of the layer, which starts at 1."""
+    detach_residual: bool = False
+    """x - c passes no gradient to the tokens; by default it does, which is the true gradient."""
+    warmup: float = 0.0
+    """Part of the steps, at the start, in which every row travels."""
+    anneal: float = 0.0
+    """Part of the steps, at the end, over which the rate rises to 1 in a straight line."""
+    in_eval: bool = False
+    """Whether evaluation is repeated with compression as in training. The exact one, in which every row travels, comes first."""
+    error_tokens: int = 0
+    """Tokens per rank and layer whose exact result is computed too at steps that are logged, to show the error. 0 = none."""
+
+    def __post_init__(self) -> None:
+        path = "model.moe.compress"
+        check_types(self, path)
+        problems = positive(self, path, ["hashes", "hash_width"])
+        problems += not_negative(self, path, ["radius", "exact_choices", "warmup", "anneal", "error_tokens"])
+        if self.rate is not None and not 0 < self.rate <= 1:
+            problems.append(Problem(f"{path}.rate", f"is {self.rate}, but must be over 0 and at most 1 (1 sends every row)"))
+        if self.hash_width > 0 and self.hash_width & (self.hash_width - 1):
+            problems.append(Problem(f"{path}.hash_width", f"is {self.hash_width}, but must be a power of two"))
+        if self.warmup + self.anneal > 1:
+            what = f"is {self.warmup}, and anneal is {self.anneal}: together more than all steps"
+            problems.append(Problem(f"{path}.warmup", what))
+        raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """One Mixture-of-Experts layer."""
 
@@ -165,13 +143,14 @@ class MoEConfig:
     keep only their residual path."""
     drop_policy: Literal["position", "probability"] = "position"
     """Who is kept over capacity: the first tokens of the sequence or those with the highest weight."""
-    dispatcher: Literal["all_to_all"] = "all_to_all"
-    """How rows travel between expert-parallel ranks."""
+    dispatcher: Literal["all_to_all", "hierarchical"] = "all_to_all"
+    """How rows travel between expert-parallel ranks: each to its expert's rank; or once to each node, and on from there."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Routing, row movement and products in torch or in Triton kernels; auto: Triton on CUDA devices from Hopper on (products
     in 16 bits only), else torch."""
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    compress: CompressConfig = field(default_factory=CompressConfig)
 
     def __post_init__(self) -> None:
         path = "model.moe"
@@ -182,10 +161,19 @@ class MoEConfig:
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             reason = "leave it out for dropless" if self.capacity_factor == math.inf else _NO_CAPACITY
             problems.append(Problem(f"{path}.capacity_factor", f"is {self.capacity_factor}: {reason}"))
+        if self.compress.exact_choices > self.top_k:
+            what = f"is {self.compress.exact_choices}, more than top_k = {self.top_k}"
+            problems.append(Problem(f"{path}.compress.exact_choices", what))
         if self.top_k > self.num_experts > 0:
             problems.append(Problem(f"{path}.top_k", f"is {self.top_k}, more than num_experts = {self.num_experts}"))
         problems += self._router_problems(path) if self.num_experts > 0 and self.top_k > 0 else []
         raise_if(problems)
+
+    def codec_params(self, dim: int) -> int:
+        """Trained numbers of the compression of one layer."""
+        if self.compress.method == "none":
+            return 0
+        return {"scalar": 1, "diagonal": dim}.get(self.compress.compensation, 0)
 
     def _router_problems(self, path: str) -> list[Problem]:
         r, problems = self.router, []
@@ -253,6 +241,9 @@ class ModelConfig:
         sizes = ["dim", "num_layers", "num_heads", "head_dim", "vocab_size", "max_seq_len", "moe_every", "dense_ffn_dim"]
         problems = positive(self, path, [*sizes, "rope_theta", "norm_eps", "init_std"])
         problems += self._attention_problems(path) if not problems else []
+        if self.moe is not None and self.moe.compress.method != "none" and self.moe.compress.hash_width > self.dim > 0:
+            what = f"is {self.moe.compress.hash_width}, more directions than dim = {self.dim}"
+            problems.append(Problem(f"{path}.moe.compress.hash_width", what))
         if not 0 <= self.dense_prefix_layers <= max(self.num_layers, 0):
             problems.append(
                 Problem(
@@ -308,7 +299,7 @@ class ModelConfig:
             return attention + norms + 3 * d * (self.dense_ffn_dim or 0)
         assert self.moe is not None
         router, expert = d * self.moe.num_experts, 3 * d * self.moe.expert_dim
-        return attention + norms + router + expert * (experts + self.moe.num_shared_experts)
+        return attention + norms + router + self.moe.codec_params(d) + expert * (experts + self.moe.num_shared_experts)
 
     def _params(self, experts: int) -> int:
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)

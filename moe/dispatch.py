@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..kernels.backend import Backend
-from ..kernels.permute import permute, unpermute
 from ..kernels.sort_tokens import sort_tokens
 
 
@@ -38,9 +40,13 @@ def make_plan(
 
 
 class Experts(Protocol):
-    """What computes on rows: see `moe.experts.GroupedExperts`."""
+    """The experts of this rank: see `moe.experts.GroupedExperts`."""
 
-    def __call__(
+    def __call__(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
+        """`work(x_TD, self)`, with the weights at hand."""
+        ...
+
+    def compute(
         self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None
     ) -> Tensor: ...
 
@@ -51,54 +57,87 @@ class Shared(Protocol):
     def __call__(self, x_TD: Tensor) -> Tensor: ...
 
 
-class Dispatcher(Protocol):
+class Flight(ABC):
+    """Tokens under way to their experts."""
+
+    @abstractmethod
+    def land(self, experts: Experts) -> None:
+        """Wait for what came here, compute, and send it back without waiting."""
+
+    @abstractmethod
+    def finish(self, shared_TD: Tensor | None = None) -> Tensor:
+        """Wait for what comes back: y_TD of the tokens that were sent, plus `shared_TD`."""
+
+
+class Dispatcher(ABC):
     """Takes tokens to their experts and brings back, for each token, the weighted sum of what its experts return.
 
-    Calls `experts` itself, so that it may cut the work into pieces and overlap them with the wire. Holds no parameters, and
-    nothing between calls.
+    A way of sending is `start` and the `Flight` that it returns; it holds no parameters, and nothing between calls. Tokens are
+    sent in `pieces`, so that one piece is computed on while others travel; in backward, gradients travel so.
     """
+
+    pieces: int = 1
+
+    @abstractmethod
+    def start(self, xs_TD: Sequence[Tensor], plans: Sequence[DispatchPlan]) -> Sequence[Flight]:
+        """Begin to send the tokens of each piece. Every rank calls it with as many pieces. Differentiable."""
 
     def __call__(self, x_TD: Tensor, plan: DispatchPlan, experts: Experts, shared: Shared | None = None) -> Tensor:
         """y_TD[t] = sum over the kept choices k of weights_TK[t, k] * expert(x_TD[t]), + shared(x_TD)[t]. Differentiable."""
-        ...
+
+        def work(x_TD: Tensor, experts: Experts) -> Tensor:
+            # everything is on its way before anything is waited for
+            flights = self.start(*self._cut(x_TD, plan))
+            shared_TD = None if shared is None else shared(x_TD)
+            for flight in flights:
+                flight.land(experts)
+            if len(flights) == 1:
+                return flights[0].finish(shared_TD)
+            y_TD = Interleave.apply(*[flight.finish() for flight in flights])
+            return y_TD if shared_TD is None else y_TD + shared_TD
+
+        return experts(x_TD, work)
+
+    def _cut(self, x_TD: Tensor, plan: DispatchPlan) -> tuple[Sequence[Tensor], Sequence[DispatchPlan]]:
+        """Token i goes with piece i % pieces: neighbours are alike, so that no piece gets all rows of one expert."""
+        if self.pieces == 1:
+            return [x_TD], [plan]
+        num_experts, plans = plan.counts_E.numel(), []
+        for piece in (slice(first, None, self.pieces) for first in range(self.pieces)):
+            kept_TK = None if plan.kept_TK is None else plan.kept_TK[piece]
+            plans.append(make_plan(plan.indices_TK[piece], plan.weights_TK[piece], num_experts, kept_TK, plan.kernels))
+        return [x_TD[first :: self.pieces] for first in range(self.pieces)], plans
 
 
-class LocalDispatcher:
+class Interleave(torch.autograd.Function):
+    """Undo the cut into n pieces: row i of the result is row i // n of piece i % n. One copy each way, and no view of it."""
+
+    @staticmethod
+    def forward(ctx: Any, *ys_TD: Tensor) -> Tensor:
+        out_TD = ys_TD[0].new_empty(sum(y.shape[0] for y in ys_TD), *ys_TD[0].shape[1:])
+        ctx.pieces = len(ys_TD)
+        for first, y_TD in enumerate(ys_TD):
+            out_TD[first :: len(ys_TD)] = y_TD
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad_TD[first :: ctx.pieces] for first in range(ctx.pieces))
+
+
+class LocalDispatcher(Dispatcher):
     """All experts are on this rank."""
 
-    def __call__(self, x_TD: Tensor, plan: DispatchPlan, experts: Experts, shared: Shared | None = None) -> Tensor:
-        return experts(x_TD, plan.counts_E, plan, None if shared is None else shared(x_TD))
+    def start(self, xs_TD: Sequence[Tensor], plans: Sequence[DispatchPlan]) -> Sequence[Flight]:
+        return [_AtHome(x_TD, plan) for x_TD, plan in zip(xs_TD, plans, strict=True)]
 
 
-@dataclass(frozen=True)
-class Dispatched:
-    """What reached this rank's experts.
+class _AtHome(Flight):
+    def __init__(self, x_TD: Tensor, plan: DispatchPlan):
+        self.x_TD, self.plan = x_TD, plan
 
-    rows_XD: rows for this rank's experts, sorted by expert, within an expert by (source rank, token, k).
-    counts_L: int64, rows of each local expert.
-    state: what `combine` needs; meaningful to the dispatcher that made it.
-    """
+    def land(self, experts: Experts) -> None:
+        self.experts = experts
 
-    rows_XD: Tensor
-    counts_L: Tensor
-    state: object = None
-
-
-class RowDispatcher:
-    """A dispatcher that sends one row for each kept choice. A way of sending is `dispatch` and `combine`."""
-
-    def __call__(self, x_TD: Tensor, plan: DispatchPlan, experts: Experts, shared: Shared | None = None) -> Tensor:
-        rows_RD = permute(x_TD, plan.order_R, plan.row_TK, plan.kept_TK, plan.kernels)
-        sent = self.dispatch(rows_RD, plan.counts_E)
-        rows_XD = experts(sent.rows_XD, sent.counts_L)
-        rows_RD = self.combine(rows_XD, sent)
-        shared_TD = None if shared is None else shared(x_TD)
-        return unpermute(rows_RD, plan.weights_TK, plan.order_R, plan.row_TK, plan.kept_TK, shared_TD, plan.kernels)
-
-    def dispatch(self, rows_RD: Tensor, counts_E: Tensor) -> Dispatched:
-        """Send rows [R, D] sorted by expert, counts_E [E] of them for each (rows beyond the sum stay). Differentiable."""
-        raise NotImplementedError
-
-    def combine(self, rows_XD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Bring the experts' rows back: [R, D] in the order they were given to `dispatch`. Differentiable."""
-        raise NotImplementedError
+    def finish(self, shared_TD: Tensor | None = None) -> Tensor:
+        return self.experts.compute(self.x_TD, self.plan.counts_E, self.plan, shared_TD)

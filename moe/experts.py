@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.backend import Backend
 from ..kernels.moe_mlp import moe_layer_mlp, moe_mlp
-from .dispatch import DispatchPlan
+from .dispatch import DispatchPlan, Experts
 
 
 class GroupedExperts(nn.Module):
@@ -23,7 +25,14 @@ class GroupedExperts(nn.Module):
         self.w13_E2FD = nn.Parameter(torch.empty(num_experts, 2, expert_dim, dim))
         self.w2_EDF = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
 
-    def forward(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
+        """`work(x_TD, self)`, which calls `compute` as often as it likes.
+
+        One forward pass whatever the pieces: what gathers sharded weights around a module's forward does so once.
+        """
+        return work(x_TD, self)
+
+    def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
         """Rows [R, D] sorted by expert -> the experts' outputs, same shape; with a plan, tokens [T, D] -> the weighted sums of
         their experts' outputs, plus `shared_TD`."""
         if plan is None:

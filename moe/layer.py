@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .capacity import keep_within_capacity
+from .compress import LSHCodec
 from .config import MoEConfig
 from .dispatch import Dispatcher, LocalDispatcher, make_plan
 from .experts import GroupedExperts, SwiGLU
@@ -33,6 +34,7 @@ class MoELayer(nn.Module):
         self.experts = GroupedExperts(config.num_experts, dim, config.expert_dim, config.kernels)
         shared_dim = config.num_shared_experts * config.expert_dim
         self.shared_expert = SwiGLU(dim, shared_dim) if shared_dim else None
+        self.codec = LSHCodec(dim, config) if config.compress.method == "lsh" else None
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.peers: Peers = NoPeers()
         if init:
@@ -57,8 +59,11 @@ class MoELayer(nn.Module):
         kept_TK = self.keep(routing, valid_BS, B)
         plan = make_plan(routing.indices_TK, routing.weights_TK, self.config.num_experts, kept_TK, self.config.kernels)
         # to the experts, which see rows in the order of the plan, and back as one row per token
-        y_TD = self.dispatcher(x_TD, plan, self.experts, self.shared_expert)
-        return y_TD.view(B, S, D), measure_load(routing, valid_BS, kept_TK, B)
+        if self.codec is None:
+            y_TD, sent = self.dispatcher(x_TD, plan, self.experts, self.shared_expert), None
+        else:
+            y_TD, sent = self.codec(self.dispatcher, x_TD, plan, self.experts, self.shared_expert)
+        return y_TD.view(B, S, D), measure_load(routing, valid_BS, kept_TK, B, sent)
 
     def keep(self, routing: Routing, valid_BS: Tensor | None, batch: int) -> Tensor | None:
         """Choices that travel, bool [T, K]: those of valid tokens within capacity. None = all, without a mask to apply."""

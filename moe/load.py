@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.sort_tokens import count_choices
+from .compress import Sent
 from .router import Routing
 
 
@@ -31,6 +32,7 @@ class Aux:
     valid_B: int64, valid tokens.
     dropped_B: int64, choices that found no place (capacity).
     logit_max: largest |logit|.
+    rows_sent, error, norm: see `compress.Sent`.
     routing: the routing itself, for one layer; None for a stack.
     """
 
@@ -40,6 +42,9 @@ class Aux:
     valid_B: Tensor
     dropped_B: Tensor
     logit_max: Tensor
+    rows_sent: Tensor
+    error: Tensor
+    norm: Tensor
     routing: Routing | None = None
 
     @property
@@ -68,8 +73,11 @@ def normalize(counts_E: Tensor, dtype: torch.dtype) -> Tensor:
     return counts_E.to(dtype) / total.clamp_min(1).to(dtype)
 
 
-def measure_load(routing: Routing, valid_BS: Tensor | None, kept_TK: Tensor | None, batch: int) -> Aux:
-    """Sums of one layer's routing, per sequence. `kept_TK` marks choices that travel (None: all valid ones)."""
+def measure_load(routing: Routing, valid_BS: Tensor | None, kept_TK: Tensor | None, batch: int, sent: Sent | None = None) -> Aux:
+    """Sums of one layer's routing, per sequence. `kept_TK` marks choices that travel (None: all valid ones).
+
+    sent: what travelled for them; None = each kept choice as itself.
+    """
     logits_TE, (T, E) = routing.logits_TE, routing.logits_TE.shape
     probs_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(logits_TE.dtype).tiny)
     z_T, chosen_TK, logit_TE = routing.z_T, routing.indices_TK, logits_TE.detach().abs()
@@ -84,12 +92,17 @@ def measure_load(routing: Routing, valid_BS: Tensor | None, kept_TK: Tensor | No
         valid_B = torch.full((batch,), T // batch, dtype=torch.int64, device=logits_TE.device)
     counts_BE = count_choices(chosen_TK.reshape(batch, -1), E + 1)[:, :E]
     routed_B = chosen_TK.shape[-1] * valid_B
+    dropped_B = torch.zeros_like(valid_B) if kept_TK is None else routed_B - kept_TK.reshape(batch, -1).sum(1)
+    sent = sent or Sent.exactly((routed_B - dropped_B).sum())
     return Aux(
         counts_BE=counts_BE,
         probs_BE=probs_TE.view(batch, -1, E).sum(1),
         z_B=z_T.view(batch, -1).sum(1),
         valid_B=valid_B,
-        dropped_B=torch.zeros_like(valid_B) if kept_TK is None else routed_B - kept_TK.reshape(batch, -1).sum(1),
+        dropped_B=dropped_B,
         logit_max=logit_TE.amax() if logit_TE.numel() else logit_TE.new_zeros(()),
+        rows_sent=sent.rows,
+        error=sent.error,
+        norm=sent.norm,
         routing=routing,
     )

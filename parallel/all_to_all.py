@@ -11,8 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..moe.dispatch import Dispatched, RowDispatcher
-from .collectives import ExchangeRows
+from ..kernels.permute import permute, unpermute
+from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight
+from .collectives import exchange_blocks
+from .recorder import CommRecorder, probe_for
+from .transfer import Transfer
 
 
 class Reorder(torch.autograd.Function):
@@ -46,66 +49,106 @@ def by_expert(counts_NL: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class AllToAllState:
-    """How the rows of one dispatch travelled; `combine` goes the same way back.
+class Splits:
+    """How the rows of one piece are split: rows for each expert-parallel rank (blocks), to and from each rank of the joint group,
+    and of each local expert by source [P, L]."""
 
-    rows: rows given to dispatch. blocks: rows for each expert-parallel rank. send, receive: rows to and from each rank of the
-    joint group. index_X, inverse_X: order of the received rows by expert, and its inverse.
-    """
-
-    rows: int
     blocks: Sequence[int]
     send: Sequence[int]
     receive: Sequence[int]
-    index_X: Tensor
-    inverse_X: Tensor
+    received_PL: Tensor
 
 
-class AllToAllDispatcher(RowDispatcher):
+class AllToAllDispatcher(Dispatcher):
     """Sends rows to the ranks of their experts over the joint (ep, etp) group, in one uneven all-to-all per direction.
 
-    With etp > 1 every rank of an expert holds a slice of its hidden width: each gets a copy of the row, and the copies' partial
-    outputs are added at the source, in rank order. That moves as many bytes as gathering rows inside the expert's ranks after the
-    all-to-all (arXiv 2504.14960, section 3.3), in one step, and keeps the row order (source rank, token, k).
+    Rows at an expert are ordered by (source rank, token, k). With etp > 1 every rank of an expert holds a slice of its hidden
+    width: each gets a copy of the row, and the copies' partial outputs are added at the source, in rank order. That moves as many
+    bytes as gathering rows inside the expert's ranks after the all-to-all (arXiv 2504.14960, section 3.3), in one step, and keeps
+    the row order.
+
+    Args:
+        group: the joint group. ep, etp: its degrees. num_experts: of the layer.
+        pieces: see `Dispatcher`. recorder, axis, layer: where its exchanges are recorded, with the rows of each expert if
+        `counts_rows`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, ep: int, etp: int, num_experts: int):
-        self.group, self.ep, self.etp = group, ep, etp
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        ep: int,
+        etp: int,
+        num_experts: int,
+        *,
+        pieces: int = 1,
+        axis: str = "ep_etp",
+        counts_rows: bool = True,
+        recorder: CommRecorder | None = None,
+        layer: int | None = None,
+    ):
+        self.group, self.ep, self.etp, self.pieces, self.counts_rows = group, ep, etp, pieces, counts_rows
         self.local_experts = num_experts // ep
+        self.probes = {what: probe_for(recorder, axis, group, what, layer) for what in ("counts", "dispatch", "combine")}
 
-    def dispatch(self, rows_RD: Tensor, counts_E: Tensor) -> Dispatched:
-        """Exchange counts, then rows. Every rank takes part, whether or not it has rows."""
-        counts_PL = counts_E.view(self.ep, 1, -1).expand(-1, self.etp, -1).reshape(self.ep * self.etp, self.local_experts)
-        counts_PL = counts_PL.contiguous()  # with one expert-parallel rank the copies are a view without strides
-        received_PL = torch.empty_like(counts_PL)
-        dist.all_to_all_single(received_PL, counts_PL, group=self.group)
+    def start(self, xs_TD: Sequence[Tensor], plans: Sequence[DispatchPlan]) -> Sequence[Flight]:
+        """Exchange the counts of all pieces, then rows. Every rank takes part, whether or not it has rows."""
+        splits = self.split([plan.counts_E for plan in plans])
+        return [RowFlight(self, *each) for each in zip(xs_TD, plans, splits, strict=True)]
+
+    def split(self, counts: Sequence[Tensor]) -> list[Splits]:
+        """Tell every rank the rows of its experts, for each piece's counts [E]."""
+        counts_NPL = torch.stack(list(counts)).view(-1, self.ep, 1, self.local_experts).expand(-1, -1, self.etp, -1).flatten(1, 2)
+        counts_PNL = counts_NPL.transpose(0, 1).contiguous()
+        received_PNL = exchange_blocks(counts_PNL, self.group, self.probes["counts"])
         # the one host synchronisation of the layer: the transport needs the split sizes
-        send, receive = torch.stack([counts_PL.sum(-1), received_PL.sum(-1)]).tolist()
-        index_X, inverse_X = by_expert(received_PL, sum(receive))
-        state = AllToAllState(rows_RD.shape[0], send[:: self.etp], send, receive, index_X, inverse_X)
-        arrived_XD = ExchangeRows.apply(self._copy_per_slice(rows_RD, state), send, receive, self.group)
-        return Dispatched(Reorder.apply(arrived_XD, index_X, inverse_X), received_PL.sum(0), state)
+        send_NP, receive_NP = torch.stack([counts_PNL.sum(-1).T, received_PNL.sum(-1).T]).tolist()
+        pieces = zip(send_NP, receive_NP, received_PNL.unbind(1), strict=True)
+        return [Splits(send[:: self.etp], send, receive, received_PL) for send, receive, received_PL in pieces]
 
-    def combine(self, rows_XD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Send the experts' outputs back to where the rows came from."""
-        state = dispatched.state
-        assert isinstance(state, AllToAllState)
-        leaving_XD = Reorder.apply(rows_XD, state.inverse_X, state.index_X)
-        back_RD = ExchangeRows.apply(leaving_XD, state.receive, state.send, self.group)
-        rows_RD = self._sum_slices(back_RD, state)
-        missing = state.rows - rows_RD.shape[0]
-        return torch.cat([rows_RD, rows_RD.new_zeros(missing, rows_RD.shape[1])]) if missing else rows_RD
 
-    def _copy_per_slice(self, rows_RD: Tensor, state: AllToAllState) -> Tensor:
-        if self.etp == 1:
+class RowFlight(Flight):
+    """One row for each kept choice, sorted by expert."""
+
+    def __init__(self, by: AllToAllDispatcher, x_TD: Tensor, plan: DispatchPlan, splits: Splits):
+        self.by, self.plan, self.splits = by, plan, splits
+        rows_RD = permute(x_TD, plan.order_R, plan.row_TK, plan.kept_TK, plan.kernels)
+        self.num_rows = rows_RD.shape[0]
+        copies_RD = self._copy_per_slice(rows_RD)
+        rows_E = plan.counts_E if by.counts_rows else None
+        self.away = Transfer(splits.send, splits.receive, by.group, by.probes["dispatch"], rows_E)
+        self.arriving_XD = self.away.start(copies_RD)
+
+    def land(self, experts: Experts) -> None:
+        received_PL = self.splits.received_PL
+        index_X, inverse_X = by_expert(received_PL, sum(self.splits.receive))
+        rows_XD = Reorder.apply(self.away.finish(self.arriving_XD), index_X, inverse_X)
+        leaving_XD = Reorder.apply(experts.compute(rows_XD, received_PL.sum(0)), inverse_X, index_X)
+        self.home = Transfer(self.splits.receive, self.splits.send, self.by.group, self.by.probes["combine"])
+        self.returning_RD = self.home.start(leaving_XD)
+
+    def finish(self, shared_TD: Tensor | None = None) -> Tensor:
+        rows_RD = self._sum_slices(self.home.finish(self.returning_RD))
+        rows_RD = pad_rows(rows_RD, self.num_rows)
+        p = self.plan
+        return unpermute(rows_RD, p.weights_TK, p.order_R, p.row_TK, p.kept_TK, shared_TD, p.kernels)
+
+    def _copy_per_slice(self, rows_RD: Tensor) -> Tensor:
+        if self.by.etp == 1:
             return rows_RD
-        blocks = rows_RD[: sum(state.blocks)].split(list(state.blocks))
-        return torch.cat([block for block in blocks for _ in range(self.etp)])
+        blocks = rows_RD[: sum(self.splits.blocks)].split(list(self.splits.blocks))
+        return torch.cat([block for block in blocks for _ in range(self.by.etp)])
 
-    def _sum_slices(self, back_RD: Tensor, state: AllToAllState) -> Tensor:
-        if self.etp == 1:
+    def _sum_slices(self, back_RD: Tensor) -> Tensor:
+        etp = self.by.etp
+        if etp == 1:
             return back_RD
         wide = torch.promote_types(back_RD.dtype, torch.float32)
-        copies = back_RD.split(list(state.send))
-        sums = [torch.stack([c.to(wide) for c in copies[i : i + self.etp]]).sum(0) for i in range(0, len(copies), self.etp)]
+        copies = back_RD.split(list(self.splits.send))
+        sums = [torch.stack([c.to(wide) for c in copies[i : i + etp]]).sum(0) for i in range(0, len(copies), etp)]
         return torch.cat(sums).to(back_RD.dtype)
+
+
+def pad_rows(x_RD: Tensor, num_rows: int) -> Tensor:
+    """`x_RD` with zeros behind, for rows that did not travel."""
+    missing = num_rows - x_RD.shape[0]
+    return torch.cat([x_RD, x_RD.new_zeros(missing, x_RD.shape[1])]) if missing else x_RD

@@ -14,14 +14,17 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from ..moe.config import ModelConfig
-from ..moe.dispatch import Dispatcher
+from ..moe.dispatch import Dispatcher, LocalDispatcher
 from ..moe.init import initial_value
 from ..moe.layer import MoELayer
 from ..moe.model import Block, Model
 from .all_to_all import AllToAllDispatcher
+from .hierarchical import HierarchicalDispatcher
 from .mesh import Mesh
 from .peers import MeshPeers
-from .sharding import Placement, ShardedParameter, place
+from .recorder import CommRecorder
+from .recorder_fsdp import record_sharding
+from .sharding import WHOLE, Placement, ShardedParameter, place
 from .tensor import attach_tensor_parallel
 
 COMPUTE_DTYPES = (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64))
@@ -32,18 +35,45 @@ def compute_dtype(precision: str) -> torch.dtype:
     return dict(COMPUTE_DTYPES)[precision]
 
 
-def build_dispatcher(name: str, mesh: Mesh, num_experts: int) -> Dispatcher | None:
-    """The dispatcher of `model.moe.dispatcher`, None if all experts are on every rank. New ones are one file and a row here."""
+def build_dispatcher(name: str, mesh: Mesh, num_experts: int, **options: Any) -> Dispatcher | None:
+    """The dispatcher of `model.moe.dispatcher`, None if all experts are on every rank. New ones are one file and a row here.
+
+    options: `pieces`, `recorder` and `layer` of the dispatchers.
+    """
     if mesh.topology.ep * mesh.topology.etp == 1:
         return None
     makers: dict[str, Callable[[], Dispatcher]] = {
-        "all_to_all": lambda: AllToAllDispatcher(mesh.ep_etp_group, mesh.topology.ep, mesh.topology.etp, num_experts),
+        "all_to_all": lambda: AllToAllDispatcher(mesh.ep_etp_group, mesh.topology.ep, mesh.topology.etp, num_experts, **options),
+        "hierarchical": lambda: _hierarchical(mesh, num_experts, **options),
     }
     return makers[name]()
 
 
+def _hierarchical(mesh: Mesh, num_experts: int, **options: Any) -> Dispatcher:
+    """Two levels, or one where all ranks of the group share a node."""
+    etp, groups = mesh.topology.etp, mesh.by_node
+    assert groups is not None, "the mesh was built without a map of nodes"
+    ranks, nodes = len(groups.levels.inside[0]), len(groups.levels.inside)
+    if nodes == 1:
+        return AllToAllDispatcher(groups.inside, ranks // etp, etp, num_experts, **options)
+    inner: Dispatcher = LocalDispatcher()
+    if ranks > 1:
+        # what comes in pieces over the slow links is dealt out at once
+        # and its experts are numbered anew: rows by expert are told once, above
+        whole = options | {"pieces": 1, "axis": "inside_node", "counts_rows": False}
+        inner = AllToAllDispatcher(groups.inside, ranks // etp, etp, num_experts // nodes, **whole)
+    return HierarchicalDispatcher(groups, inner, num_experts, mesh.device, **options)
+
+
 def parallelize(
-    config: ModelConfig, mesh: Mesh, *, seed: int, precision: str = "fp32", recompute: str = "none"
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    recompute: str = "none",
+    pieces: int = 1,
+    recorder: CommRecorder | None = None,
 ) -> tuple[Model, tuple[ShardedParameter, ...]]:
     """Build the model on this rank: its shards of the weights that `seed` gives, ready for forward and backward.
 
@@ -56,7 +86,7 @@ def parallelize(
         model = Model(config, init=False)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     placements = {n: place(n, s, mesh, full_qk_norm=config.qk_norm == "full") for n, s in shapes.items()}
-    attach_doors(model, mesh)
+    attach_doors(model, mesh, pieces, recorder)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(precision), reduce_dtype=dtype) if precision == "bf16" else None
     fill = functools.partial(_materialise, placements=placements, config=config, mesh=mesh, seed=seed, dtype=dtype)
@@ -66,22 +96,25 @@ def parallelize(
         fill(getattr(model, part), f"{part}.")
     if config.tie_embeddings:
         model.head.weight_VD = model.embed.weight_VD
-    attach_tensor_parallel(model, mesh.tp_group)
+    attach_tensor_parallel(model, mesh.tp_group, recorder)
     if recompute == "selective":
         apply_recompute(model)
     for index, block in enumerate(model.blocks):
         _shard_block(block, f"layers.{index}.", placements, mesh, policy)
     _shard_module(model, mesh, expert=False, policy=policy)
+    if recorder is not None:
+        record_sharding(model, mesh, recorder)
     return model, tuple(ShardedParameter(placements[name], p) for name, p in model.named_parameters())
 
 
-def attach_doors(model: Model, mesh: Mesh) -> None:
+def attach_doors(model: Model, mesh: Mesh, pieces: int = 1, recorder: CommRecorder | None = None) -> None:
     """Give every MoE layer its dispatcher and its peers."""
-    peers = MeshPeers(mesh.tp_group, mesh.world_group)
-    for layer in moe_layers(model):
-        layer.peers = peers
-        dispatcher = build_dispatcher(layer.config.dispatcher, mesh, layer.config.num_experts)
-        layer.dispatcher = dispatcher or layer.dispatcher
+    for index, block in enumerate(model.blocks):
+        if (layer := block.moe) is not None:
+            layer.peers = MeshPeers(mesh.tp_group, mesh.world_group, recorder, index)
+            options = {"pieces": pieces, "recorder": recorder, "layer": index}
+            dispatcher = build_dispatcher(layer.config.dispatcher, mesh, layer.config.num_experts, **options)
+            layer.dispatcher = dispatcher or layer.dispatcher
 
 
 def moe_layers(model: Model) -> list[MoELayer]:
@@ -127,7 +160,9 @@ def apply_recompute(model: Model) -> None:
     for block in model.blocks:
         parts: list[nn.Module | None] = [block.attention, block.ffn]
         if block.moe is not None:
-            parts += [block.moe.experts, block.moe.shared_expert]
+            parts.append(block.moe.shared_expert)
+            # not forward, which sends and receives
+            block.moe.experts.compute = _recomputed(block.moe.experts.compute)  # type: ignore[method-assign]
         for part in parts:
             if part is not None:
                 part.forward = _recomputed(part.forward)
@@ -143,8 +178,8 @@ def _shard_block(
     if block.moe is not None:
         dims = {p: placements[f"{prefix}moe.experts.{n}"].data_dim for n, p in block.moe.experts.named_parameters()}
         _shard_module(block.moe.experts, mesh, expert=True, policy=policy, data_dims=dims)
-    # the router stays whole and uncast on every rank
-    ignored = {block.moe.router.weight_ED} if block.moe is not None else set()
+    # these stay whole and uncast on every rank
+    ignored = set() if block.moe is None else {p for n, p in block.moe.named_parameters() if n.endswith(WHOLE)}
     _shard_module(block, mesh, expert=False, policy=policy, ignored=ignored)
 
 

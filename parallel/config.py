@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..moe.config import check_types, positive, raise_if
+from ..moe.checks import check_types, positive, raise_if
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +27,14 @@ class ParallelConfig:
     """Sequences per rank and forward pass; None = no accumulation (global_batch / dp)."""
     recompute: Literal["none", "selective"] = "none"
     """selective: recompute attention and feed-forward inner activations in backward; the all-to-all is never repeated."""
+    ranks_per_node: int | None = None
+    """Neighbouring ranks that share a machine, for communication in two levels; None = those with the same host name."""
+    pieces: int = 1
+    """Parts that the tokens of a layer are sent to the experts in, so that experts compute on one while the next travels."""
     timeout_s: float = 600.0
     """A collective that takes longer than this stops the job (exit code 5)."""
 
     def __post_init__(self) -> None:
         path = "parallel"
         check_types(self, path)
-        raise_if(positive(self, path, ["dp", "hsdp", "tp", "ep", "etp", "micro_batch", "timeout_s"]))
+        raise_if(positive(self, path, ["dp", "hsdp", "tp", "ep", "etp", "micro_batch", "ranks_per_node", "pieces", "timeout_s"]))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,9 +23,11 @@ from ..moe.errors import NumericsError
 from ..moe.load import Aux
 from ..moe.model import Model
 from .apply import moe_layers, parallelize
+from .collectives import all_reduce
 from .gradients import clip_gradients, complete_gradients, gradient_norm
 from .mesh import Mesh
 from .optimizer import ShardedAdamW
+from .recorder import CommRecorder, probe_for
 from .step_stats import StepStats, StepSums
 
 
@@ -76,8 +80,9 @@ class Engine:
         config: the model.
         mesh: where it runs.
         seed: of the initial weights.
-        precision, recompute: see `TrainConfig` and `ParallelConfig`.
+        precision, recompute, pieces: see `TrainConfig` and `ParallelConfig`.
         num_domains: sources of training text, for statistics.
+        recorder: of this rank's communication; None = none is recorded.
     """
 
     def __init__(
@@ -88,12 +93,15 @@ class Engine:
         seed: int = 0,
         precision: str = "fp32",
         recompute: str = "none",
+        pieces: int = 1,
         optimizer: OptimizerSettings | None = None,
         num_domains: int = 1,
+        recorder: CommRecorder | None = None,
     ):
-        self.config, self.mesh, self.num_domains = config, mesh, num_domains
+        self.config, self.mesh, self.num_domains, self.recorder = config, mesh, num_domains, recorder
         self.model: Model
-        self.model, self.parameters = parallelize(config, mesh, seed=seed, precision=precision, recompute=recompute)
+        how: dict[str, Any] = {"precision": precision, "recompute": recompute, "pieces": pieces, "recorder": recorder}
+        self.model, self.parameters = parallelize(config, mesh, seed=seed, **how)
         self.settings = optimizer or OptimizerSettings()
         self.optimizer = ShardedAdamW(
             self.parameters,
@@ -116,25 +124,40 @@ class Engine:
         Raises:
             NumericsError: on every rank, before the update, when the loss or a gradient is not finite anywhere.
         """
+        if self.recorder is not None:
+            self.recorder.start_step(self.step)
         tokens = self._global_tokens(batches)
         exact_LE = self._exact_counts(batches)
         self.balancer.start_step(len(batches), exact_LE)
-        sums = StepSums(self.mesh, self.num_domains)
+        sums = StepSums(self.mesh, self.num_domains, self.recorder)
         for index, batch in enumerate(batches):
             self._sum_over_replicas(index == len(batches) - 1)
             self._forward_backward(batch, tokens, sums)
-        complete_gradients(self.parameters, self.mesh)
-        norm = gradient_norm(self.parameters, self.mesh)
+        complete_gradients(self.parameters, self.mesh, self.recorder)
+        norm = gradient_norm(self.parameters, self.mesh, self.recorder)
         stats = sums.reduce(tokens, vote)
         loss, grad_norm = stats.loss, float(norm)
+        if self.recorder is not None:
+            self.recorder.anchor()  # the host has just waited for the device
         if not (abs(loss) < float("inf") and grad_norm < float("inf")):
             self._raise_not_finite(batches, sums, loss, grad_norm)
         start_s = time.perf_counter()
         self._update(norm, lr, stats)
         return StepResult(loss, grad_norm, tokens, stats, time.perf_counter() - start_s, stats.vote)
 
+    def set_compression(self, rate: float | None, sampled: int = 0) -> None:
+        """What part of the rows travels to experts from now on, and how many tokens per layer the error is measured on.
+
+        Acts on layers with compression, see `moe.compress.LSHCodec`. The same on every rank.
+        """
+        for layer in self.layers:
+            if layer.codec is not None:
+                layer.codec.rate, layer.codec.sampled = rate, sampled
+
     def _sum_over_replicas(self, now: bool) -> None:
         """Whether the next backward adds gradients over replicas; once per step is enough, on its last micro-batch."""
+        if self.recorder is not None:
+            self.recorder.sums_over_replicas = now
         if self.mesh.topology.hsdp > 1:
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
@@ -150,7 +173,8 @@ class Engine:
             on_aux=lambda aux: terms.append(self.balancer.losses(aux)),
         )
         total = loss_sum if not terms else loss_sum + terms[0].to(loss_sum.dtype)
-        (total / tokens).backward()
+        with nullcontext() if self.recorder is None else self.recorder.during("backward"):
+            (total / tokens).backward()
         sums.add(loss_sum.detach(), aux, batch.domain_B)
 
     @torch.no_grad()
@@ -182,7 +206,8 @@ class Engine:
         """Valid tokens of the step over all ranks, counted once per data rank; at least 1."""
         count = torch.tensor(sum(b.valid_tokens() for b in batches), dtype=torch.int64, device=self.mesh.device)
         if self.mesh.topology.world > 1:
-            dist.all_reduce(count, group=self.mesh.world_group)
+            world = self.mesh.world_group
+            all_reduce(count, world, probe_for(self.recorder, "world", world, "tokens"))
         return max(1, int(count) // self.mesh.topology.tp)
 
     @torch.no_grad()

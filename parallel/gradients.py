@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import all_reduce
 from .mesh import Mesh
+from .recorder import CommRecorder, probe_for
 from .sharding import ShardedParameter
 
 
-def complete_gradients(parameters: Sequence[ShardedParameter], mesh: Mesh) -> None:
+def complete_gradients(parameters: Sequence[ShardedParameter], mesh: Mesh, recorder: CommRecorder | None = None) -> None:
     """Sum gradients of weights that several ranks hold whole but saw different tokens with: one all-reduce per group.
 
     Every rank takes part with every parameter; one that got no gradient on this rank counts as zero.
@@ -26,12 +28,12 @@ def complete_gradients(parameters: Sequence[ShardedParameter], mesh: Mesh) -> No
                 p.parameter.grad = torch.zeros_like(p.parameter)
         grads = [g for p in members if (g := p.local_grad) is not None]
         flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat, group=group)
+        all_reduce(flat, group, probe_for(recorder, where, group, "gradients"), direction="backward")
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view(grad.shape))
 
 
-def gradient_norm(parameters: Sequence[ShardedParameter], mesh: Mesh) -> Tensor:
+def gradient_norm(parameters: Sequence[ShardedParameter], mesh: Mesh, recorder: CommRecorder | None = None) -> Tensor:
     """Euclidean norm over all logical parameters, each counted once; float64 scalar, the same on every rank.
 
     Each rank's sum of squares is weighted by 1 / (ranks that hold the same shard), so that one sum over all ranks is exact in
@@ -44,7 +46,7 @@ def gradient_norm(parameters: Sequence[ShardedParameter], mesh: Mesh) -> Tensor:
         weights = torch.tensor([1 / p.placement.replicas(mesh) for p, _ in pairs], dtype=torch.float64, device=mesh.device)
         total = (norms.square() * weights).sum()
     if mesh.topology.world > 1:
-        dist.all_reduce(total, group=mesh.world_group)
+        all_reduce(total, mesh.world_group, probe_for(recorder, "world", mesh.world_group, "norm"), direction="update")
     return total.sqrt()
 
 

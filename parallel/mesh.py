@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,7 +12,21 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..moe.errors import TopologyError
+from .nodes import NodeMap, TwoLevels, two_levels
 from .topology import Coordinates, Topology
+
+
+@dataclass(frozen=True)
+class NodeGroups:
+    """The (ep, etp) group of one rank in two levels.
+
+    levels: the ranks of both. inside: the group's ranks on this node. across: the ranks of the same place on all of its nodes,
+    ordered by number as in every process group.
+    """
+
+    levels: TwoLevels
+    inside: dist.ProcessGroup
+    across: dist.ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -19,6 +35,7 @@ class Mesh:
 
     dense: DeviceMesh (dp_replicate, dp_shard, tp); expert: DeviceMesh (edp_replicate, edp_shard, ep, etp).
     world_group: all ranks; ep_etp_group: ranks that together hold one copy of all experts, ordered by (ep, etp).
+    by_node: this group in two levels, where the mesh was built with a map of nodes.
     """
 
     topology: Topology
@@ -29,6 +46,7 @@ class Mesh:
     expert: DeviceMesh
     world_group: dist.ProcessGroup
     ep_etp_group: dist.ProcessGroup
+    by_node: NodeGroups | None = None
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
@@ -42,11 +60,27 @@ class Mesh:
         return mesh[f"{prefix}_replicate", f"{prefix}_shard"]
 
 
-def build_mesh(topology: Topology, device: torch.device, timeout_s: float = 600.0) -> Mesh:
-    """Make the groups. Collective: every rank of the default process group calls it with the same topology.
+def find_nodes(ranks_per_node: int | None = None) -> NodeMap:
+    """Which ranks of the default process group share a node: by number, else by host name. Collective.
 
     Raises:
-        TopologyError: pipeline or context parallelism, or a world of another size.
+        TopologyError: a number that does not divide the world.
+    """
+    world = dist.get_world_size()
+    if ranks_per_node is not None:
+        return NodeMap.by_size(world, ranks_per_node)
+    names = [""] * world
+    dist.all_gather_object(names, socket.gethostname())
+    return NodeMap.by_name(names)
+
+
+def build_mesh(topology: Topology, device: torch.device, timeout_s: float = 600.0, nodes: NodeMap | None = None) -> Mesh:
+    """Make the groups. Collective: every rank of the default process group calls it with the same topology and nodes.
+
+    nodes: makes the groups for experts in two levels too.
+
+    Raises:
+        TopologyError: pipeline or context parallelism, a world of another size, or nodes that do not hold equal parts of a group.
     """
     if topology.pp != 1 or topology.cp != 1:
         raise TopologyError(
@@ -66,9 +100,24 @@ def build_mesh(topology: Topology, device: torch.device, timeout_s: float = 600.
         mesh_dim_names=("edp_replicate", "edp_shard", "ep", "etp"),
     )
     rank = dist.get_rank()
-    joint_group = None
-    for members in topology.groups("ep_etp"):
+    joint = topology.groups("ep_etp")
+    levels = () if nodes is None else tuple(two_levels(members, nodes, topology.etp) for members in joint)
+    joint_group = _own_group(joint, rank, timeout_s)
+    by_node = None
+    if levels:
+        inside = _own_group([ranks for level in levels for ranks in level.inside], rank, timeout_s)
+        across = _own_group([ranks for level in levels for ranks in level.across], rank, timeout_s)
+        own = next(level for level, members in zip(levels, joint, strict=True) if rank in members)
+        by_node = NodeGroups(own, inside, across)
+    assert dist.group.WORLD is not None
+    return Mesh(topology, topology.coordinates(rank), rank, device, dense, expert, dist.group.WORLD, joint_group, by_node)
+
+
+def _own_group(groups: Sequence[Sequence[int]], rank: int, timeout_s: float) -> dist.ProcessGroup:
+    """Make all of these groups, as every rank must, and return the one that this rank is in."""
+    own = None
+    for members in groups:
         group = dist.new_group(list(members), timeout=timedelta(seconds=timeout_s))
-        joint_group = group if rank in members else joint_group
-    assert joint_group is not None and dist.group.WORLD is not None
-    return Mesh(topology, topology.coordinates(rank), rank, device, dense, expert, dist.group.WORLD, joint_group)
+        own = group if rank in members else own
+    assert own is not None
+    return own

@@ -22,7 +22,7 @@ from ..moe.load import Aux
 from ..moe.model import Model
 from .apply import moe_layers
 from .engine import Engine, MicroBatch, OptimizerSettings
-from .mesh import build_mesh
+from .mesh import build_mesh, find_nodes
 from .sharding import ShardedParameter
 from .topology import Topology
 
@@ -33,6 +33,7 @@ Arrays = dict[str, np.ndarray]
 class ParityCase:
     """What both sides run.
 
+    ranks_per_node: ranks that count as one machine, for experts in two levels. pieces: see `ParallelConfig`.
     num_micro: micro-batches per step. valid_share: share of positions that count (1 = all); which ones differs between sequences,
     so that ranks hold unequal numbers. Micro-batch m of a step takes rows [m, m + 1) * global_batch / num_micro, data ranks
     split it.
@@ -50,6 +51,8 @@ class ParityCase:
     lr: float = 1e-2
     seed: int = 0
     start_bias: tuple[float, ...] = ()
+    ranks_per_node: int | None = None
+    pieces: int = 1
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(grad_clip=1.0))
 
 
@@ -261,10 +264,11 @@ class RecordingEngine(Engine):
 
 def build_engine(case: ParityCase, layout: dict[str, int], device: torch.device | None = None) -> RecordingEngine:
     """The case's model on this rank of the default process group, before its first step. Collective."""
-    mesh = build_mesh(Topology(dist.get_world_size(), **layout), device or torch.device("cpu"))
-    engine = RecordingEngine(
-        case.model, mesh, seed=case.seed, precision=case.precision, recompute=case.recompute, optimizer=case.optimizer
-    )
+    in_two_levels = case.model.moe is not None and case.model.moe.dispatcher == "hierarchical"
+    nodes = find_nodes(case.ranks_per_node) if in_two_levels else None
+    mesh = build_mesh(Topology(dist.get_world_size(), **layout), device or torch.device("cpu"), nodes=nodes)
+    how = {"precision": case.precision, "recompute": case.recompute, "pieces": case.pieces}
+    engine = RecordingEngine(case.model, mesh, seed=case.seed, optimizer=case.optimizer, **how)
     _set_start_bias(case, engine.model)
     return engine
 

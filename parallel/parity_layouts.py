@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..moe.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
+from ..moe.config import BalanceConfig, CompressConfig, ModelConfig, MoEConfig, RouterConfig
 from .engine import OptimizerSettings
 from .parity import ParityCase
 from .topology import Topology
@@ -199,6 +199,45 @@ class Planned:
         # most of the time goes into many ranks with many micro-batches, where three updates show what five do
         steps = 3 if self.layout.world * self.num_micro > 8 else 5
         return self.variant.build(self.layout, self.num_micro, steps=steps, seed=seed)
+
+
+@dataclass(frozen=True)
+class Sending:
+    """Another way for rows to travel, which must not change a number: settings laid over any case, and the layouts they fit."""
+
+    name: str
+    moe: tuple[tuple[str, Any], ...]
+    case: tuple[tuple[str, Any], ...] = ()
+    fits: Callable[[Layout], bool] = lambda layout: layout.ep * layout.etp > 1
+
+    def over(self, case: ParityCase) -> ParityCase:
+        assert case.model.moe is not None
+        model = replace(case.model, moe=replace(case.model.moe, **dict(self.moe)))
+        settings: dict[str, Any] = {"model": model} | dict(self.case)
+        return replace(case, **settings)
+
+
+def _on_nodes(ranks_per_node: int) -> Callable[[Layout], bool]:
+    """Whether experts spread over several nodes, each with whole experts."""
+    return lambda layout: layout.ep * layout.etp > ranks_per_node >= layout.etp
+
+
+UNIQUE_CODES = CompressConfig(method="lsh", rate=None, radius=0.0)
+"""Rows that share a code without being equal travel exactly, as with unique codes: compression runs, and loses nothing."""
+
+SENDINGS = (
+    Sending("two-per-node", (("dispatcher", "hierarchical"),), (("ranks_per_node", 2),), _on_nodes(2)),
+    Sending("one-per-node", (("dispatcher", "hierarchical"),), (("ranks_per_node", 1),), _on_nodes(1)),
+    Sending("unique-codes", (("compress", UNIQUE_CODES),)),
+    Sending("three-pieces", (), (("pieces", 3),)),
+    Sending("two-pieces-two-per-node", (("dispatcher", "hierarchical"),), (("ranks_per_node", 2), ("pieces", 2)), _on_nodes(2)),
+    Sending(
+        "unique-codes-two-per-node",
+        (("compress", UNIQUE_CODES), ("dispatcher", "hierarchical")),
+        (("ranks_per_node", 2),),
+        _on_nodes(2),
+    ),
+)
 
 
 def plan() -> tuple[Planned, ...]:

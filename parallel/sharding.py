@@ -6,7 +6,7 @@
 | attention wo; dense w2          | input width        | -       | sharded over dp   | sum over dp       |
 | embedding, head                 | vocabulary rows    | -       | sharded over dp   | sum over dp       |
 | norms, shared experts           | whole              | -       | sharded over dp   | sum over dp, tp   |
-| router                          | whole              | -       | whole, never cast | sum over all      |
+| router; compensation (`codec`)  | whole              | -       | whole, never cast | sum over all      |
 | experts w13, w2                 | hidden width (etp) | experts | sharded over edp  | sum over edp      |
 
 Sums, never means: the loss is divided once, by the valid tokens of the global batch.
@@ -39,6 +39,8 @@ TP_DIMS = (
     ("experts.w13_E2FD", 2),
     ("experts.w2_EDF", 2),
 )
+# held whole and uncast by every rank
+WHOLE = ("router.weight_ED", "codec.scale_D")
 # dim of the model width in expert weights: sharded over edp when the local experts do not divide
 EXPERT_WIDTH_DIMS = (("experts.w13_E2FD", 3), ("experts.w2_EDF", 1))
 
@@ -84,7 +86,7 @@ class Placement:
 
 def place(name: str, shape: tuple[int, ...], mesh: Mesh, *, full_qk_norm: bool) -> Placement:
     """The placement of a parameter by its logical name and global shape."""
-    kind: Kind = "expert" if ".experts." in f".{name}" else "whole" if name.endswith("router.weight_ED") else "dense"
+    kind: Kind = "expert" if ".experts." in f".{name}" else "whole" if name.endswith(WHOLE) else "dense"
     tp_dim = next((dim for suffix, dim in TP_DIMS if name.endswith(suffix)), None)
     if full_qk_norm and name.endswith(("attention.q_norm.weight_D", "attention.k_norm.weight_D")):
         tp_dim = 0

@@ -17,83 +17,87 @@ from torch import Tensor, nn
 
 from ..moe.attention import RMSNorm
 from ..moe.model import Model, TokenEmbedding
-from .collectives import GatherSequence, Group, ScatterSequence, SumOverGroup, all_gather_dim
+from .collectives import GatherSequence, Group, ScatterSequence, SumOverGroup, all_gather_dim, all_reduce
+from .recorder import CommRecorder, Probe, probe_for
 
 
 class MeshVocab:
     """This rank's rows of the vocabulary; see `moe.loss.VocabShard`."""
 
-    def __init__(self, rows: int, group: Group):
-        self.group, self.offset = group, dist.get_rank(group) * rows
+    def __init__(self, rows: int, group: Group, probe: Probe | None = None):
+        self.group, self.probe, self.offset = group, probe, dist.get_rank(group) * rows
 
     def max(self, x: Tensor) -> Tensor:
-        out = x.clone()
-        dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self.group)
-        return out
+        return all_reduce(x.clone(), self.group, self.probe, op=dist.ReduceOp.MAX)
 
     def sum(self, x: Tensor) -> Tensor:
-        out = x.clone()
-        dist.all_reduce(out, group=self.group)
-        return out
+        return all_reduce(x.clone(), self.group, self.probe)
 
 
 class ShardedEmbedding(nn.Module):
     """Look up the ids of this rank's rows, sum over ranks, keep this rank's positions: int64 [B, S] -> [B, S / tp, D]."""
 
-    def __init__(self, embedding: TokenEmbedding, group: Group):
+    def __init__(self, embedding: TokenEmbedding, group: Group, probe: Probe | None = None):
         super().__init__()
         self.weight_VD = embedding.weight_VD
-        self.group, self.tp_rank = group, dist.get_rank(group)
+        self.group, self.probe, self.tp_rank = group, probe, dist.get_rank(group)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         rows = self.weight_VD.shape[0]
         local_BS = tokens_BS - self.tp_rank * rows
         here_BS = (local_BS >= 0) & (local_BS < rows)
         x_BSD = F.embedding(local_BS.clamp(0, rows - 1), self.weight_VD) * here_BS[..., None]
-        return ScatterSequence.apply(x_BSD, self.group)
+        return ScatterSequence.apply(x_BSD, self.group, self.probe)
 
 
 class ShardedRMSNorm(nn.Module):
     """RMSNorm over a width that is sharded over the group (QK-norm over the full projection)."""
 
-    def __init__(self, norm: RMSNorm, group: Group):
+    def __init__(self, norm: RMSNorm, group: Group, probe: Probe | None = None):
         super().__init__()
-        self.weight_D, self.eps, self.group = norm.weight_D, norm.eps, group
+        self.weight_D, self.eps, self.group, self.probe = norm.weight_D, norm.eps, group, probe
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        squares = SumOverGroup.apply(x.to(wide).square().sum(-1, keepdim=True), self.group)
+        squares = SumOverGroup.apply(x.to(wide).square().sum(-1, keepdim=True), self.group, self.probe)
         mean = squares / (x.shape[-1] * dist.get_world_size(self.group))
         return (x.to(wide) * torch.rsqrt(mean + self.eps) * self.weight_D.to(wide)).to(x.dtype)
 
 
-def _surround(module: nn.Module, group: Group) -> None:
+def _surround(module: nn.Module, group: Group, gather: Probe | None, scatter: Probe | None) -> None:
     """Gather positions before the module and scatter the sum of its outputs after it."""
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return GatherSequence.apply(args[0], group), *args[1:]
+        return GatherSequence.apply(args[0], group, gather), *args[1:]
 
     def after(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return ScatterSequence.apply(output, group)
+        return ScatterSequence.apply(output, group, scatter)
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
 
 
-def attach_tensor_parallel(model: Model, group: Group) -> None:
+def attach_tensor_parallel(model: Model, group: Group, recorder: CommRecorder | None = None) -> None:
     """Make a model whose weights are already this rank's shards run on them. No-op for a group of one."""
     if dist.get_world_size(group) == 1:
         return
-    model.embed = ShardedEmbedding(model.embed, group)  # type: ignore[assignment]
-    for block in model.blocks:
-        _surround(block.attention, group)
+
+    def probe(what: str, layer: int | None = None) -> Probe | None:
+        return probe_for(recorder, "tp", group, what, layer)
+
+    model.embed = ShardedEmbedding(model.embed, group, probe("embedding"))  # type: ignore[assignment]
+    for index, block in enumerate(model.blocks):
+        gather, scatter = probe("gather_sequence", index), probe("scatter_sequence", index)
+        _surround(block.attention, group, gather, scatter)
         if block.attention.qk_norm == "full":
-            block.attention.q_norm = ShardedRMSNorm(block.attention.q_norm, group)  # type: ignore[assignment]
-            block.attention.k_norm = ShardedRMSNorm(block.attention.k_norm, group)  # type: ignore[assignment]
+            norm = probe("qk_norm", index)
+            block.attention.q_norm = ShardedRMSNorm(block.attention.q_norm, group, norm)  # type: ignore[assignment]
+            block.attention.k_norm = ShardedRMSNorm(block.attention.k_norm, group, norm)  # type: ignore[assignment]
         if block.ffn is not None:
-            _surround(block.ffn, group)
-    model.head.shard = MeshVocab(model.head.weight_VD.shape[0], group)
-    model.head.norm.register_forward_hook(lambda _, __, x_BSD: GatherSequence.apply(x_BSD, group))
+            _surround(block.ffn, group, gather, scatter)
+    model.head.shard = MeshVocab(model.head.weight_VD.shape[0], group, probe("loss"))
+    before_head = probe("gather_sequence")
+    model.head.norm.register_forward_hook(lambda _, __, x_BSD: GatherSequence.apply(x_BSD, group, before_head))
 
     def whole_logits(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         # without labels the head returns logits [B, S, V / tp]; they are for sampling and carry no gradient

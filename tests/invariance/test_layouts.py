@@ -17,7 +17,7 @@ from helpers import GlooPool, run_threads
 from moefold.parallel import gradients
 from moefold.parallel.parity import ParityCase, RankTrace, RecordingEngine, Trace, make_batch, run_layout, run_reference
 from moefold.parallel.parity_compare import Difference, compare
-from moefold.parallel.parity_layouts import ACCUMULATIONS, LAYOUTS, VARIANTS, Planned, plan
+from moefold.parallel.parity_layouts import ACCUMULATIONS, LAYOUTS, SENDINGS, VARIANTS, Planned, Sending, plan
 from moefold.parallel.sharding import Placement
 
 TOLERANCE = 1e-9
@@ -66,6 +66,18 @@ def test_layout_gives_the_numbers_of_one_process(planned: Planned) -> None:
     reference, ranks = run(planned)
     assert too_far(compare(reference, ranks)) == {}
     show_that_it_happened(planned, reference)
+
+
+SENT_OTHERWISE = tuple((planned, sending) for sending in SENDINGS for planned in PLAN if sending.fits(planned.layout))
+"""Every sixth of these runs: all of them would say little more."""
+
+
+@pytest.mark.parametrize(("planned", "sending"), SENT_OTHERWISE[::6], ids=lambda x: x.name)
+def test_the_way_rows_travel_changes_no_number(planned: Planned, sending: Sending) -> None:
+    case = replace(planned.build(), steps=2)
+    reference = run_reference(case, dp=planned.layout.topology.dp)
+    ranks = run_threads(on_rank, planned.layout.world, sending.over(case), planned.layout.degrees)
+    assert too_far(compare(reference, ranks)) == {}
 
 
 ON_PROCESSES = (

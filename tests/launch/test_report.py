@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from comm_example import COMM_EXAMPLE
 from moefold.launch.metrics import MetricsWriter
 from moefold.launch.report import SECTIONS, Report, Section, report
 from moefold.launch.report_experts import dead_experts, separation, snapshots
@@ -97,6 +98,7 @@ def make_run(path: Path, *, seed: int = 0, lr: float = 1e-3, dead: bool = False,
         if attempt == 0:
             run.finish_attempt("failed", error="rank 3: killed by signal 9\ntraceback", now=1.7e9 + 100)
     run.finish_attempt("completed", now=1.7e9 + 13_780)
+    path.joinpath("comm.json").write_text(json.dumps(COMM_EXAMPLE))
     path.joinpath("sample.txt").write_text("def forward(self, x):\n    return x < 3 & y\n")
     return path
 
@@ -112,8 +114,7 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.headings: list[int] = []
         self.tags: list[str] = []
-        self.unscoped = 0
-        self.text = ""
+        self.unscoped, self.text = 0, ""
         self.open: list[str] = []
         self.feed(text)
         self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moefold.kernels.permute import permute, unpermute
 from moefold.moe.capacity import expert_capacity, keep_within_capacity
 from moefold.moe.config import MoEConfig, RouterConfig
-from moefold.moe.dispatch import Dispatched, RowDispatcher
+from moefold.moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight
 from moefold.moe.layer import MoELayer
 from numeric import assert_same, with_gradients
 
@@ -226,14 +228,24 @@ class Poison(torch.autograd.Function):
         return torch.cat([grad_RD[: ctx.end], torch.full_like(grad_RD[ctx.end :], torch.nan)]), None
 
 
-class PoisoningDispatcher(RowDispatcher):
+class PoisoningDispatcher(Dispatcher):
     """Rows that do not travel come back as NaN, and so do their gradients."""
 
-    def dispatch(self, rows_RD: Tensor, counts_E: Tensor) -> Dispatched:
-        return Dispatched(Poison.apply(rows_RD, int(counts_E.sum())), counts_E)
+    def start(self, xs_TD: Sequence[Tensor], plans: Sequence[DispatchPlan]) -> Sequence[Flight]:
+        return [PoisonedFlight(x_TD, plan) for x_TD, plan in zip(xs_TD, plans, strict=True)]
 
-    def combine(self, rows_XD: Tensor, dispatched: Dispatched) -> Tensor:
-        return Poison.apply(rows_XD, int(dispatched.counts_L.sum()))
+
+class PoisonedFlight(Flight):
+    def __init__(self, x_TD: Tensor, plan: DispatchPlan):
+        self.plan, self.end = plan, int(plan.counts_E.sum())
+        self.rows_RD = Poison.apply(permute(x_TD, plan.order_R, plan.row_TK, plan.kept_TK), self.end)
+
+    def land(self, experts: Experts) -> None:
+        self.rows_RD = Poison.apply(experts.compute(self.rows_RD, self.plan.counts_E), self.end)
+
+    def finish(self, shared_TD: Tensor | None = None) -> Tensor:
+        p = self.plan
+        return unpermute(self.rows_RD, p.weights_TK, p.order_R, p.row_TK, p.kept_TK, shared_TD)
 
 
 def test_rows_that_do_not_travel_leak_nowhere() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import GlooPool, RankError, run_threads
-from moefold.kernels.permute import permute
-from moefold.kernels.sort_tokens import sort_tokens
+from moefold.moe.dispatch import DispatchPlan, Experts, make_plan
 from moefold.parallel.all_to_all import AllToAllDispatcher, by_expert
 from moefold.parallel.collectives import exchange_rows
 from moefold.parallel.mesh import build_mesh
@@ -69,32 +69,62 @@ def expected_at_expert(case: Case, members: tuple[int, ...], expert: int) -> lis
     return rows
 
 
-def travel(rank: int, world: int, case: Case) -> None:
-    """Dispatch and combine on one rank; asserts what arrived, what came back, and the gradient."""
+class Witness:
+    """Experts that keep what they are given, and return a function of it."""
+
+    def __init__(self, returns: Callable[[Tensor], Tensor]):
+        self.returns = returns
+        self.rows: list[list[float]] = []
+        self.counts: list[int] = []
+
+    def __call__(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
+        return work(x_TD, self)
+
+    def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
+        assert plan is None and shared_TD is None
+        self.rows += x.tolist()
+        self.counts = counts_E.tolist()
+        return self.returns(x)
+
+
+def plan_of(case: Case, rank: int) -> DispatchPlan:
+    """The case's choices with random weights, and behind them tokens that do not travel."""
+    T, K = len(case.choices[rank]), case.top_k
+    indices_TK = torch.cat([case.indices(rank), torch.arange(K).expand(case.spare, K)])
+    kept_TK = (torch.arange(T + case.spare) < T)[:, None].expand(-1, K)
+    weights_TK = torch.rand(T + case.spare, K, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    return make_plan(indices_TK, weights_TK, case.experts, kept_TK if case.spare else None)
+
+
+def travel(rank: int, world: int, case: Case, pieces: int = 1) -> None:
+    """There and back on one rank; asserts what arrived, what came back, and the gradient."""
     topology = Topology(world, ep=case.ep, etp=case.etp)
     mesh = build_mesh(topology, torch.device("cpu"))
-    dispatcher = AllToAllDispatcher(mesh.ep_etp_group, case.ep, case.etp, case.experts)
-    order_R, row_TK, counts_E = sort_tokens(case.indices(rank), case.experts, None)
-    rows_RD = permute(case.tokens(rank), order_R, row_TK, None)
-    rows_RD = torch.cat([rows_RD, torch.full((case.spare, 2), torch.nan, dtype=torch.float64)]).requires_grad_()
-    sent = dispatcher.dispatch(rows_RD, counts_E)
+    dispatcher = AllToAllDispatcher(mesh.ep_etp_group, case.ep, case.etp, case.experts, pieces=pieces)
+    plan = plan_of(case, rank)
+    x_TD = torch.cat([case.tokens(rank), torch.full((case.spare, 2), torch.nan, dtype=torch.float64)]).requires_grad_()
+    # each slice of an expert gives its share of the identity
+    experts = Witness(lambda rows_XD: rows_XD / case.etp)
+    y_TD = dispatcher(x_TD, plan, experts)
 
     members = topology.group_of("ep_etp", rank)
     mine = topology.expert_range(mesh.coordinates.ep, case.experts)
     expected = [expected_at_expert(case, members, expert) for expert in mine]
-    assert sent.counts_L.tolist() == [len(rows) for rows in expected]
-    assert sent.rows_XD.tolist() == [row for rows in expected for row in rows]
+    if pieces == 1:
+        assert experts.counts == [len(rows) for rows in expected]
+        assert experts.rows == [row for rows in expected for row in rows]
+    else:
+        assert sorted(experts.rows) == sorted(row for rows in expected for row in rows)
 
-    # each slice of an expert gives its share of the identity
-    back_RD = dispatcher.combine(sent.rows_XD / case.etp, sent)
-    travelled = rows_RD.shape[0] - case.spare
-    assert torch.equal(back_RD[:travelled], rows_RD[:travelled])
-    assert not back_RD[travelled:].any()
-    direction = torch.randn(back_RD.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
-    back_RD.backward(direction)
-    assert rows_RD.grad is not None
-    assert torch.equal(rows_RD.grad[:travelled], direction[:travelled])
-    assert not rows_RD.grad[travelled:].any()
+    T = len(case.choices[rank])
+    total_T1 = plan.weights_TK.sum(1, keepdim=True)
+    torch.testing.assert_close(y_TD[:T], (x_TD * total_T1)[:T], rtol=1e-14, atol=0)
+    assert not y_TD[T:].any()
+    direction = torch.randn(y_TD.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    y_TD.backward(direction)
+    assert x_TD.grad is not None
+    torch.testing.assert_close(x_TD.grad[:T], (direction * total_T1)[:T], rtol=1e-14, atol=1e-15)
+    assert not x_TD.grad[T:].any()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -105,6 +135,7 @@ def travel(rank: int, world: int, case: Case) -> None:
 @example(case=Case(8, 4, 2, 4, (((3,),) * 4,) * 8, spare=1))
 def test_identity_experts_return_every_row(case: Case) -> None:
     run_threads(travel, case.world, case)
+    run_threads(travel, case.world, case, 3)
 
 
 @pytest.mark.ranks
@@ -112,39 +143,36 @@ def test_identity_experts_return_every_row(case: Case) -> None:
 def test_identity_experts_return_every_row_on_processes(world: int, ep: int, etp: int, gloo_pool: GlooPool) -> None:
     uneven = tuple(tuple(((r + t) % 4, 3 - (r + t) % 2) for t in range(r % 3) if (r + t) % 4 < 2) for r in range(world))
     gloo_pool.run(travel, world, Case(world, ep, etp, 4, uneven, spare=1))
-
-
-def squares(rows_RD: Tensor, counts_E: Tensor, dispatcher: AllToAllDispatcher, slice_: int, weight_RD: Tensor) -> Tensor:
-    """A loss of this rank that depends on its rows through experts elsewhere, differently for each slice of an expert."""
-    sent = dispatcher.dispatch(rows_RD, counts_E)
-    return (dispatcher.combine(sent.rows_XD.square() * (slice_ + 1), sent) * weight_RD).sum()
+    gloo_pool.run(travel, world, Case(world, ep, etp, 4, uneven, spare=1), 2)
 
 
 def gradient_against_differences(rank: int, world: int, case: Case) -> tuple[Tensor, Tensor]:
-    """(by autograd, by central differences) of the sum of all ranks' losses, with respect to this rank's rows."""
-    mesh = build_mesh(Topology(world, ep=case.ep, etp=case.etp), torch.device("cpu"))
-    dispatcher = AllToAllDispatcher(mesh.ep_etp_group, case.ep, case.etp, case.experts)
-    counts_E = sort_tokens(case.indices(rank), case.experts, None)[2]
-    generator = torch.Generator().manual_seed(rank)
-    rows_RD, weight_RD = torch.randn(2, int(counts_E.sum()) + case.spare, 2, dtype=torch.float64, generator=generator)
-    slice_ = mesh.coordinates.etp
+    """(by autograd, by central differences) of the sum of all ranks' losses, with respect to this rank's tokens.
 
-    def loss(rows: Tensor) -> float:
-        total = squares(rows, counts_E, dispatcher, slice_, weight_RD)
+    The losses depend on the tokens through experts elsewhere, differently for each slice of an expert.
+    """
+    mesh = build_mesh(Topology(world, ep=case.ep, etp=case.etp), torch.device("cpu"))
+    dispatcher = AllToAllDispatcher(mesh.ep_etp_group, case.ep, case.etp, case.experts, pieces=2)
+    plan = plan_of(case, rank)
+    generator = torch.Generator().manual_seed(rank)
+    x_TD, weight_TD = torch.randn(2, len(plan.indices_TK), 2, dtype=torch.float64, generator=generator)
+    squares = Witness(lambda rows_XD: rows_XD.square() * (mesh.coordinates.etp + 1))
+
+    def loss(x_TD: Tensor) -> float:
+        total = (dispatcher(x_TD, plan, squares) * weight_TD).sum()
         dist.all_reduce(total)
         return float(total)
 
-    leaf = rows_RD.clone().requires_grad_()
-    squares(leaf, counts_E, dispatcher, slice_, weight_RD).backward()
-    sizes = [len(choices) * case.top_k + case.spare for choices in case.choices]
-    numeric, step = torch.zeros_like(rows_RD), 1e-3
+    leaf = x_TD.clone().requires_grad_()
+    (dispatcher(leaf, plan, squares) * weight_TD).sum().backward()
+    numeric, step = torch.zeros_like(x_TD), 1e-3
     # every rank takes part in each evaluation, but only the owner moves a value
-    for owner, rows in enumerate(sizes):
-        for index in range(2 * rows):
-            delta = torch.zeros_like(rows_RD)
+    for owner, choices in enumerate(case.choices):
+        for index in range(2 * (len(choices) + case.spare)):
+            delta = torch.zeros_like(x_TD)
             if owner == rank:
                 delta.view(-1)[index] = step
-            difference = (loss(rows_RD + delta) - loss(rows_RD - delta)) / (2 * step)
+            difference = (loss(x_TD + delta) - loss(x_TD - delta)) / (2 * step)
             if owner == rank:
                 numeric.view(-1)[index] = difference
     assert leaf.grad is not None

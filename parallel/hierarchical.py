@@ -1,0 +1,140 @@
+"""Expert parallelism in two levels: a token crosses to a node once, however many of its experts live there.
+
+The rows of the flat exchange are one for each (token, expert); between nodes only the pairs (token, node) differ. So a token goes
+to the rank of the same place on each node that it wants (with the list of its experts there), and that rank deals it out inside
+the node. On the way back the node's rows of a token are weighted and summed first: one row returns. For K experts drawn
+evenly from N nodes that is N (1 - C(E - E/N, K) / C(E, K)) rows instead of K; DeepSeek-V3 (arXiv 2412.19437, 3.2.2) sends so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels.backend import Backend
+from ..kernels.permute import permute, unpermute
+from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight, make_plan
+from .all_to_all import pad_rows
+from .collectives import exchange_blocks
+from .mesh import NodeGroups
+from .recorder import CommRecorder, probe_for
+from .transfer import Transfer
+
+
+def first_of_node(node_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+    """bool [T, K]: the first kept choice of a token for each node that it goes to."""
+    K = node_TK.shape[1]
+    earlier_KK = torch.ones(K, K, dtype=torch.bool, device=node_TK.device).tril(-1)
+    same_TKK = (node_TK[:, :, None] == node_TK[:, None, :]) & earlier_KK
+    if kept_TK is None:
+        return ~same_TKK.any(-1)
+    return kept_TK & ~(same_TKK & kept_TK[:, None, :]).any(-1)
+
+
+class HierarchicalDispatcher(Dispatcher):
+    """Sends each token once to each node, and lets `inner` do the rest there.
+
+    Same results as `AllToAllDispatcher` up to rounding: sums inside a node come first. Rows at an expert are ordered by (place of
+    the source rank on its node, source rank, token, k).
+
+    Args:
+        groups: see `NodeGroups`.
+        inner: dispatcher among the ranks of a node, for the node's experts.
+        num_experts: of the layer. pieces: see `Dispatcher`. recorder, layer: where its exchanges are recorded.
+    """
+
+    def __init__(
+        self,
+        groups: NodeGroups,
+        inner: Dispatcher,
+        num_experts: int,
+        device: torch.device,
+        *,
+        pieces: int = 1,
+        recorder: CommRecorder | None = None,
+        layer: int | None = None,
+    ):
+        self.groups, self.inner, self.pieces = groups, inner, pieces
+        experts_of_node = groups.levels.experts(num_experts)
+        self.experts_per_node = len(experts_of_node[0])
+        table_2E = torch.empty(2, num_experts, dtype=torch.int64)
+        # a process group orders its ranks by number, which is not the order of nodes where these interleave
+        seats = {rank: seat for seat, rank in enumerate(dist.get_process_group_ranks(groups.across))}
+        for ranks, experts in zip(groups.levels.inside, experts_of_node, strict=True):
+            node = next(seats[rank] for rank in ranks if rank in seats)
+            for place, expert in enumerate(experts):
+                table_2E[:, expert] = torch.tensor([node, place])
+        self.node_E, self.place_E = table_2E.to(device)
+        purposes = ("counts", "dispatch", "notes", "combine")
+        self.probes = {what: probe_for(recorder, "across_nodes", groups.across, what, layer) for what in purposes}
+
+    def start(self, xs_TD: Sequence[Tensor], plans: Sequence[DispatchPlan]) -> Sequence[Flight]:
+        """Exchange the counts of all pieces between nodes, then rows and notes on them."""
+        nodes = [self.node_E[plan.indices_TK] for plan in plans]
+        ups = [self._first_level(plan, node_TK) for plan, node_TK in zip(plans, nodes, strict=True)]
+        counts_NP = torch.stack([up.counts_E for up in ups], 1)
+        received_NP = exchange_blocks(counts_NP, self.groups.across, self.probes["counts"])
+        # a host synchronisation: the transport needs the split sizes
+        send_PN, receive_PN = torch.stack([counts_NP.T, received_NP.T]).tolist()
+        splits = zip(send_PN, receive_PN, strict=True)
+        each = zip(xs_TD, plans, nodes, ups, splits, strict=True)
+        return [NodeFlight(self, x, plan, node_TK, up, *split) for x, plan, node_TK, up, split in each]
+
+    def _first_level(self, plan: DispatchPlan, node_TK: Tensor) -> DispatchPlan:
+        """The plan between nodes: choices are nodes, and a token chooses each at most once."""
+        first_TK = first_of_node(node_TK, plan.kept_TK)
+        return make_plan(node_TK, plan.weights_TK, len(self.groups.levels.inside), first_TK, plan.kernels)
+
+    def notes(self, plan: DispatchPlan, up: DispatchPlan, node_TK: Tensor) -> Tensor:
+        """What travels with each row [R, 2 K]: the weight of each choice on the row's node (0 for others), and the expert's place
+        there + 1 (0 for others). As numbers of the weights' type, so that one exchange takes both; places are exact in it."""
+        token_R, here_R = up.order_R // node_TK.shape[1], node_TK.flatten()[up.order_R]
+        mine_RK = node_TK[token_R] == here_R[:, None]
+        if plan.kept_TK is not None:
+            mine_RK &= plan.kept_TK[token_R]
+        weights_RK = permute(plan.weights_TK, up.order_R, up.row_TK, up.kept_TK, plan.kernels)
+        place_RK = (self.place_E[plan.indices_TK] + 1)[token_R].to(weights_RK.dtype)
+        return torch.cat([weights_RK.masked_fill(~mine_RK, 0), place_RK.masked_fill(~mine_RK, 0)], 1)
+
+    def plan_inside(self, notes_MX: Tensor, kernels: Backend) -> DispatchPlan:
+        """The plan of the second level, from the notes that arrived with the rows."""
+        weights_MK, place_MK = notes_MX.chunk(2, dim=1)
+        place_MK = place_MK.detach().long() - 1
+        return make_plan(place_MK.clamp_min(0), weights_MK, self.experts_per_node, place_MK >= 0, kernels)
+
+
+class NodeFlight(Flight):
+    """One row for each (token, node)."""
+
+    def __init__(
+        self,
+        by: HierarchicalDispatcher,
+        x_TD: Tensor,
+        plan: DispatchPlan,
+        node_TK: Tensor,
+        up: DispatchPlan,
+        send: Sequence[int],
+        receive: Sequence[int],
+    ):
+        self.by, self.plan, self.up, self.send, self.receive = by, plan, up, send, receive
+        rows_RD = permute(x_TD, up.order_R, up.row_TK, up.kept_TK, plan.kernels)
+        self.num_rows = rows_RD.shape[0]
+        self.rows = Transfer(send, receive, by.groups.across, by.probes["dispatch"], plan.counts_E)
+        self.notes = Transfer(send, receive, by.groups.across, by.probes["notes"])
+        self.arriving_MX = self.notes.start(by.notes(plan, up, node_TK))
+        self.arriving_MD = self.rows.start(rows_RD)
+
+    def land(self, experts: Experts) -> None:
+        inside = self.by.plan_inside(self.notes.finish(self.arriving_MX), self.plan.kernels)
+        [flight] = self.by.inner.start([self.rows.finish(self.arriving_MD)], [inside])
+        flight.land(experts)
+        self.home = Transfer(self.receive, self.send, self.by.groups.across, self.by.probes["combine"])
+        self.returning_RD = self.home.start(flight.finish())
+
+    def finish(self, shared_TD: Tensor | None = None) -> Tensor:
+        back_RD = pad_rows(self.home.finish(self.returning_RD), self.num_rows)
+        up = self.up
+        return unpermute(back_RD, None, up.order_R, up.row_TK, up.kept_TK, shared_TD, self.plan.kernels)
