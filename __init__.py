@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .launch.parity import parity
+    from .launch.plan import plan
     from .launch.pretrain import pretrain
     from .launch.report import report
     from .launch.settings import RunConfig
@@ -29,6 +30,7 @@ __all__ = [
     "RunConfig",
     "Topology",
     "parity",
+    "plan",
     "pretrain",
     "report",
 ]
@@ -45,6 +47,7 @@ _HOMES = MappingProxyType(
         "RunConfig": "launch.settings",
         "Topology": "parallel.topology",
         "parity": "launch.parity",
+        "plan": "launch.plan",
         "pretrain": "launch.pretrain",
         "report": "launch.report",
     }

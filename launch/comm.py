@@ -21,6 +21,8 @@ from .rundir import write_json
 SCHEMA = 1
 SAMPLES = 8
 """Steps that comm.json is made of: the newest that were sampled. One alone would judge by chance."""
+ROWS = ("dispatch", "combine")
+"""Purposes that move rows."""
 CLOCKS_EVERY = 32
 """Samples after which the clocks of the ranks are compared again."""
 
@@ -78,8 +80,20 @@ class CommLog:
             "clock_error_s": max(o.error_s for o in self._offsets),
             "verdicts": [{"kind": v.kind, "rank": v.rank, "share": v.share, "text": v.text} for v in found],
             **summary(every),
+            "rows_abroad_bytes": rows_abroad(every),
         }
         write_json(self.path, data)
+
+
+def rows_abroad(records: list[list[CommRecord]]) -> dict[str, int]:
+    """Bytes of rows (dispatch and combine, both ways) that ranks sent to others, by axis."""
+    found: dict[str, int] = {}
+    for rank, mine in enumerate(records):
+        for record in mine:
+            if record.what in ROWS:
+                abroad = sum(n for peer, n in zip(record.members, record.sent, strict=True) if peer != rank)
+                found[record.axis] = found.get(record.axis, 0) + abroad
+    return found
 
 
 def comm_metrics(records: list[list[CommRecord]]) -> dict[str, float]:

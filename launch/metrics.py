@@ -26,7 +26,7 @@ from .console import console_line as console_line
 
 SCHEMA = 1
 Kind = Literal["step", "eval", "run"]
-Shape = Literal["scalar", "layer x expert", "domain -> layer x expert"]
+Shape = Literal["scalar", "layer", "layer x expert", "domain -> layer x expert"]
 _HEAD = ("schema", "kind", "step", "attempt", "time_s")
 
 
@@ -85,6 +85,13 @@ REGISTRY: tuple[Metric, ...] = (
         "Of sampled tokens: length of the error that compression makes in the experts' weighted sum / length of the exact sum; "
         "mean over MoE layers",
     ),
+    Metric(
+        "moe/compress_rate",
+        "fraction",
+        "Part of the choices that the schedule of the compression lets travel as rows; absent where the codes alone decide",
+    ),
+    Metric("moe/rows_sent_L", "fraction", "moe/rows_sent_frac of every MoE layer", "layer"),
+    Metric("moe/compress_error_L", "1", "moe/compress_error of every MoE layer", "layer"),
     Metric("moe/max_violation", "1", "moe/load_max - 1 (MaxVio, arXiv 2408.15664), in the global batch; mean over MoE layers"),
     Metric(
         "moe/max_violation_micro",
@@ -127,7 +134,7 @@ def metric(key: str) -> Metric:
 def metric_table() -> str:
     """The registry as a Markdown table: the one in launch/README.md."""
     head = ["| Key | Unit | Definition |", "|---|---|---|"]
-    shape = {"scalar": "", "layer x expert": " (array)", "domain -> layer x expert": " (object of arrays)"}
+    shape = {"scalar": "", "layer": " (array)", "layer x expert": " (array)", "domain -> layer x expert": " (object of arrays)"}
     return "\n".join([*head, *(f"| `{m.key}` | {m.unit} | {m.definition}{shape[m.shape]} |" for m in REGISTRY)])
 
 
@@ -164,7 +171,7 @@ def make_record(kind: Kind, step: int, attempt: int, values: Mapping[str, Any], 
         plain = _plain(value, None if shape == "scalar" else 4)
         parts = list(plain.values()) if isinstance(plain, dict) else [plain]
         fits = isinstance(plain, dict) == shape.startswith("domain")
-        if not fits or any(_depth(p) != (0 if shape == "scalar" else 2) for p in parts):
+        if not fits or any(_depth(p) != {"scalar": 0, "layer": 1}.get(shape, 2) for p in parts):
             raise ValueError(f"metric {key!r} must be {shape}, but got {type(value).__name__}: {str(value)[:80]}")
         record[key] = plain
     return record

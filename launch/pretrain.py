@@ -30,6 +30,7 @@ from .data.tokenizer import load_tokenizer
 from .evaluate import Evaluation, sample_text
 from .kernel_check import check_backend, describe_kernels
 from .metrics import Sinks
+from .plan import planned_pieces
 from .process import Crew, PeerFailedError, Rank, StopRequest, as_named, choose_device, is_secondary, joined, record_failure
 from .resume import Decision, decide_resume
 from .rundir import RunDir, state_of, write_atomic
@@ -198,7 +199,7 @@ def _train(
     nodes = find_nodes(config.parallel.ranks_per_node) if in_two_levels else None
     mesh = build_mesh(topology, device, config.parallel.timeout_s, nodes)
     recorder = CommRecorder(crew.rank, device) if config.log.comm and crew.world > 1 else None
-    engine = build_engine(config, mesh, len(data.domains), recorder)
+    engine = build_engine(config, mesh, len(data.domains), recorder, planned_pieces(config, mesh))
     checkpointer = Checkpointer(run.checkpoints, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
     meta = {"model": dataclasses.asdict(config.model), "data": _data_identity(config, data), "layout": topology.to_dict()}
     tokens = _restore(engine, checkpointer, decision, meta, say)
@@ -264,7 +265,9 @@ def _finish(
         _compare_with_bigram(data, evaluation, engine.step, sinks, crew, say)
 
 
-def build_engine(config: RunConfig, mesh: Mesh, num_domains: int, recorder: CommRecorder | None = None) -> Engine:
+def build_engine(
+    config: RunConfig, mesh: Mesh, num_domains: int, recorder: CommRecorder | None = None, pieces: int | Mapping[int, int] = 1
+) -> Engine:
     """The model, its optimizer and its balance state as `config` wants them, spread over `mesh`. Collective."""
     o = config.train.optimizer
     return Engine(
@@ -275,7 +278,7 @@ def build_engine(config: RunConfig, mesh: Mesh, num_domains: int, recorder: Comm
         recompute=config.parallel.recompute,
         optimizer=OptimizerSettings((o.beta1, o.beta2), o.eps, o.weight_decay, config.train.grad_clip, o.implementation),
         num_domains=num_domains,
-        pieces=config.parallel.pieces,
+        pieces=pieces,
         recorder=recorder,
     )
 

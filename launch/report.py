@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..moe.errors import RunDirError
-from . import report_comm, report_experts, report_sections
+from . import report_comm, report_compress, report_experts, report_sections
 from .report_parts import STYLE, RunData, Runs, load_runs
 from .rundir import write_atomic
 
@@ -55,6 +55,12 @@ SECTIONS: tuple[Section, ...] = (
         "Communication",
         report_comm.communication,
         "comm.json comes from runs on several ranks with log.comm = true.",
+    ),
+    Section(
+        "compression",
+        "Compression",
+        report_compress.compression,
+        'set model.moe.compress.method = "lsh" (fewer rows) or model.moe.compress.wire = "e4m3" (smaller rows).',
     ),
     Section("experts", "Expert load", report_experts.experts, "the model has no MoE layers, or no moe/ values were logged yet."),
     Section("domains", "Expert load by domain", report_experts.domains, "train on several data.sources; each is a domain."),

@@ -237,6 +237,10 @@ class RunConfig:
             problems.append(
                 Problem("train.warmup_steps", f"is {self.train.warmup_steps}, more than the {steps} steps of the run")
             )
+        wire = "none" if self.model.moe is None else self.model.moe.compress.wire
+        if wire != "none" and self.train.precision == "fp64":
+            what = f"is {wire!r}, which takes no float64 (train.precision = 'fp64'); use 'none' to send rows exactly"
+            problems.append(Problem("model.moe.compress.wire", what))
         raise_if(problems)
 
     @staticmethod

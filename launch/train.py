@@ -15,6 +15,7 @@ from ..moe.compress import rate_at
 from ..moe.stats import drop_fraction, load_ratio, load_stats
 from ..parallel.engine import Engine, MicroBatch, StepResult
 from ..parallel.optimizer import learning_rate
+from ..parallel.step_stats import StepStats
 from .checkpoint import Checkpointer
 from .comm import CommLog
 from .data.loader import Data, Prefetcher
@@ -232,16 +233,30 @@ def load_metrics(result: StepResult, engine: Engine, domains: tuple[str, ...]) -
         "moe/router_logit_max": s.logit_max,
         "moe/load_LE": load_ratio(s.counts_LE).tolist(),
     }
-    if s.rows_sent_L is not None and any(layer.codec is not None for layer in engine.layers):
-        assert s.compress_error_L is not None
-        kept_L = s.counts_LE.sum(-1) - s.dropped_L
-        values["moe/rows_sent_frac"] = float(s.rows_sent_L.sum() / kept_L.sum().clamp_min(1))
-        measured_L = s.compress_error_L[s.compress_error_L.isfinite()]
-        values |= {"moe/compress_error": float(measured_L.mean())} if measured_L.numel() else {}
+    values |= compression_metrics(s, engine)
     if biases:
         values["moe/bias_max"] = float(torch.stack(biases).max())
     if len(domains) > 1:
         # a domain without tokens in this batch says nothing about its experts
         present = [(d, name) for d, name in enumerate(domains) if s.counts_LDE[:, d].any()]
         values["moe/domain_load"] = {name: load_ratio(s.counts_LDE[:, d]).tolist() for d, name in present}
+    return values
+
+
+def compression_metrics(s: StepStats, engine: Engine) -> dict[str, Any]:
+    """The `moe/` metrics of a step whose rows may have been merged; empty without such compression."""
+    codecs = [layer.codec for layer in engine.layers if layer.codec is not None]
+    if not codecs or s.rows_sent_L is None or s.counts_LE is None:
+        return {}
+    assert s.dropped_L is not None and s.compress_error_L is not None
+    kept_L = s.counts_LE.sum(-1) - s.dropped_L
+    values: dict[str, Any] = {
+        "moe/rows_sent_frac": float(s.rows_sent_L.sum() / kept_L.sum().clamp_min(1)),
+        "moe/rows_sent_L": (s.rows_sent_L / kept_L.clamp_min(1)).tolist(),
+    }
+    if codecs[0].rate is not None:
+        values["moe/compress_rate"] = codecs[0].rate
+    measured_L = s.compress_error_L[s.compress_error_L.isfinite()]
+    if measured_L.numel():
+        values |= {"moe/compress_error": float(measured_L.mean()), "moe/compress_error_L": s.compress_error_L.tolist()}
     return values

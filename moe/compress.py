@@ -3,6 +3,9 @@
 Rows of one expert whose tokens hash alike travel as their mean c. What the expert makes of it, E(c), comes back, and each token
 is restored as E(c) + a (x - c). Fewer rows cross the wire, and the experts compute on fewer. Rows are merged on the rank they
 come from, so results depend on how tokens are split over ranks.
+
+Tokens are hashed as seen from their mean. Hidden states have a large part in common, above all early in training, and from the
+origin they lie within so small an angle that nearly all codes would be equal and most of the rows that may travel left unused.
 """
 
 from __future__ import annotations
@@ -44,11 +47,11 @@ class Sent:
 def rate_at(config: CompressConfig, step: int, total_steps: int) -> float | None:
     """Part of the rows that travels in a step (counted from 0); 1.0 = all, None = as many as the codes tell apart.
 
-    All in the first `warmup` of the steps; rising in a straight line to all over the last `anneal` of them.
+    All in the first `warmup` of the steps; rising in a straight line over the last `anneal` of them, to all in the last one.
     """
     if config.method == "none" or step < _part(config.warmup, total_steps):
         return 1.0
-    left = max(0, total_steps - step) / max(Fraction(1), _part(config.anneal, total_steps))
+    left = max(0, total_steps - 1 - step) / max(Fraction(1), _part(config.anneal, total_steps))
     if config.anneal == 0 or left >= 1:
         return config.rate
     start = 1.0 if config.rate is None else config.rate
@@ -114,17 +117,29 @@ class LSHCodec(nn.Module):
     def compress(self, x_TD: Tensor, plan: DispatchPlan) -> tuple[Buckets, Tensor]:
         """Buckets of the kept choices, and the row that travels for each of them."""
         c, (_, K) = self.config, plan.indices_TK.shape
-        codes_TH = cross_polytope_codes(x_TD, self.rotation(x_TD), plan.kernels)
+        codes_TH = self.codes(x_TD, plan)
         exact_TK = None
         if c.exact_choices:
             exact_TK = (torch.arange(K, device=x_TD.device) < c.exact_choices).expand_as(plan.indices_TK)
         kept = plan.indices_TK.numel() if plan.kept_TK is None else int(plan.kept_TK.sum())
         budget = None if self.rate is None else math.ceil(_part(self.rate, kept))
-        buckets = bucket_rows(codes_TH, plan.indices_TK, self.num_experts, plan.kept_TK, exact_TK, budget)
+        buckets = bucket_rows(codes_TH, plan.indices_TK, self.num_experts, plan.kept_TK, exact_TK, budget, 2 * c.hash_width)
         weights_TK = plan.weights_TK if c.gate_weighted else None
         if c.radius is not None:
             buckets = self._within_radius(x_TD, plan, buckets, weights_TK, c.radius)
         return buckets, centroids(x_TD, buckets, weights_TK, plan.kernels)
+
+    @torch.no_grad()
+    def codes(self, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+        """codes_TH of the tokens as seen from the mean of those that travel. What does not travel has no part in the mean, and
+        neither has a token with a value that is not finite, or one broken row would give all others the same code."""
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        counted_T = x_TD.sum(-1, dtype=wide).isfinite()
+        if plan.kept_TK is not None:
+            counted_T &= plan.kept_TK.any(-1)
+        sum_D = x_TD.masked_fill(~counted_T[:, None], 0).sum(0, dtype=wide)
+        mean_D = (sum_D / counted_T.sum().clamp(min=1)).to(x_TD.dtype)
+        return cross_polytope_codes(x_TD - mean_D, self.rotation(x_TD), plan.kernels)
 
     def rotation(self, x_TD: Tensor) -> Tensor:
         """[H, P, D] in the type and on the device of the tokens, made when they change."""

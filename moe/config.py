@@ -13,6 +13,8 @@ from typing import Literal
 from .checks import check_types, not_negative, positive, raise_if
 from .errors import Problem
 
+MAX_WIRE_BLOCK = 32768
+"""Columns that the kernel of the wire takes for one scale: `kernels.quant_rows.MAX_BLOCK`, which imports torch."""
 _NO_CAPACITY = "no token would reach an expert; use a positive factor, or leave it out for dropless"
 
 
@@ -79,27 +81,28 @@ class BalanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
-    """Sending fewer rows than there are choices: those of one expert that hash alike travel as their mean (LSH-MoE, arXiv
-    2411.08446). Routing, losses and capacity are always those of the original tokens."""
+    """Sending less. Fewer rows than there are choices: those of one expert that hash alike travel as their mean (LSH-MoE, arXiv
+    2411.08446). And, with or without that, fewer bytes per row (`wire`). Routing, losses and capacity are always those of the
+    original tokens."""
 
     method: Literal["none", "lsh"] = "none"
     """lsh: codes of cross-polytope hashes, one row for each (expert, code)."""
     rate: float | None = 0.2
     """Rows that travel, as a part of the choices that would, per rank and layer; codes are shortened and buckets merged until
     that is kept. None = as many as the whole codes tell apart. One row per expert is the least there can be."""
-    hashes: int = 6
-    """Length of a code; more tell more rows apart."""
-    hash_width: int = 16
-    """Random directions of each hash, at most the model's dim."""
+    hashes: int = 16
+    """Length of a code; more tell more rows apart, and change nothing where `rate` is reached with fewer."""
+    hash_width: int = 8
+    """Random directions of each hash, at most the model's dim; tokens are seen from their mean."""
     radius: float | None = None
     """Rows farther from their mean than this part of their length travel exactly, also beyond `rate`. None = no bound."""
     exact_choices: int = 0
     """Choices of each token, best first, that always travel exactly."""
     gate_weighted: bool = False
     """Means are weighted by the router weights, so that the weighted sums of a token lose least."""
-    compensation: Literal["none", "identity", "scalar", "diagonal"] = "identity"
-    """What is added to an expert's result for what the mean lost, x - c: nothing, itself (the paper), or itself times a trained
-    number or vector of the layer, which starts at 1."""
+    compensation: Literal["none", "identity", "scalar", "diagonal"] = "none"
+    """What is added to an expert's result for what the mean lost, x - c: nothing; itself (the paper), which is much longer than
+    that result where experts are trained from the start; or itself times a trained number or vector, which starts at 0."""
     detach_residual: bool = False
     """x - c passes no gradient to the tokens; by default it does, which is the true gradient."""
     warmup: float = 0.0
@@ -110,11 +113,16 @@ class CompressConfig:
     """Whether evaluation is repeated with compression as in training. The exact one, in which every row travels, comes first."""
     error_tokens: int = 0
     """Tokens per rank and layer whose exact result is computed too at steps that are logged, to show the error. 0 = none."""
+    wire: Literal["none", "int8", "e4m3"] = "none"
+    """Between ranks, a row and its gradient travel with one byte per value and a scale per block of columns, there and back, in
+    training and evaluation; not in float64. none: in the type of the computation."""
+    wire_block: int | None = 128
+    """Columns of one scale on the wire; None = the whole row."""
 
     def __post_init__(self) -> None:
         path = "model.moe.compress"
         check_types(self, path)
-        problems = positive(self, path, ["hashes", "hash_width"])
+        problems = positive(self, path, ["hashes", "hash_width", "wire_block"])
         problems += not_negative(self, path, ["radius", "exact_choices", "warmup", "anneal", "error_tokens"])
         if self.rate is not None and not 0 < self.rate <= 1:
             problems.append(Problem(f"{path}.rate", f"is {self.rate}, but must be over 0 and at most 1 (1 sends every row)"))
@@ -123,7 +131,19 @@ class CompressConfig:
         if self.warmup + self.anneal > 1:
             what = f"is {self.warmup}, and anneal is {self.anneal}: together more than all steps"
             problems.append(Problem(f"{path}.warmup", what))
+        if self.wire_block is not None and self.wire_block > MAX_WIRE_BLOCK:
+            what = f"is {self.wire_block}, but one scale is for at most {MAX_WIRE_BLOCK} columns; usual is 128"
+            problems.append(Problem(f"{path}.wire_block", what))
         raise_if(problems)
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is compressed."""
+        return self.method != "none" or self.wire != "none"
+
+    def row_bytes(self, dim: int, value_bytes: int) -> int:
+        """Bytes on the wire of a row of `dim` values, each of `value_bytes` where rows travel as they are."""
+        return dim * value_bytes if self.wire == "none" else dim + 4 * -(-dim // (self.wire_block or max(dim, 1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +348,7 @@ class ModelConfig:
             + {"none": 0, "head": 2, "full": self.num_heads + self.resolved_kv_heads}[self.qk_norm] * self.resolved_head_dim
             for _ in range(self.num_layers)
         )
-        matmul = 2 * (self.num_active_params - lookup - norms)
+        scales = len(self.moe_layers) * self.moe.codec_params(self.dim) if self.moe else 0
+        matmul = 2 * (self.num_active_params - lookup - norms - scales)
         attention = self.num_layers * 2 * seq_len * self.num_heads * self.resolved_head_dim
         return 3.0 * (matmul + attention)

@@ -29,10 +29,12 @@ def initial_value(
         experts: global indices of the experts wanted (expert parameters only); None = all.
 
     Returns:
-        Tensor of `shape`, with axis 0 reduced to `experts` if given. Vectors are ones (norm weights); matrices are normal with
-        standard deviation `std`, output projections with std / sqrt(2 * num_layers).
+        Tensor of `shape`, with axis 0 reduced to `experts` if given. Vectors are ones (norm weights), that of compression zeros;
+        matrices are normal with standard deviation `std`, output projections with std / sqrt(2 * num_layers).
     """
     leaf = name.rsplit(".", 1)[-1]
+    if leaf == "scale_D":
+        return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
     scale = std / math.sqrt(2 * num_layers) if leaf in OUTPUT_PROJECTIONS else std

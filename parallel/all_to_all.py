@@ -16,6 +16,7 @@ from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight
 from .collectives import exchange_blocks
 from .recorder import CommRecorder, probe_for
 from .transfer import Transfer
+from .wire import Wire
 
 
 class Reorder(torch.autograd.Function):
@@ -71,6 +72,7 @@ class AllToAllDispatcher(Dispatcher):
         group: the joint group. ep, etp: its degrees. num_experts: of the layer.
         pieces: see `Dispatcher`. recorder, axis, layer: where its exchanges are recorded, with the rows of each expert if
         `counts_rows`.
+        wire: how its rows travel; None = as they are.
     """
 
     def __init__(
@@ -85,8 +87,9 @@ class AllToAllDispatcher(Dispatcher):
         counts_rows: bool = True,
         recorder: CommRecorder | None = None,
         layer: int | None = None,
+        wire: Wire | None = None,
     ):
-        self.group, self.ep, self.etp, self.pieces, self.counts_rows = group, ep, etp, pieces, counts_rows
+        self.group, self.ep, self.etp, self.pieces, self.counts_rows, self.wire = group, ep, etp, pieces, counts_rows, wire
         self.local_experts = num_experts // ep
         self.probes = {what: probe_for(recorder, axis, group, what, layer) for what in ("counts", "dispatch", "combine")}
 
@@ -115,7 +118,7 @@ class RowFlight(Flight):
         self.num_rows = rows_RD.shape[0]
         copies_RD = self._copy_per_slice(rows_RD)
         rows_E = plan.counts_E if by.counts_rows else None
-        self.away = Transfer(splits.send, splits.receive, by.group, by.probes["dispatch"], rows_E)
+        self.away = Transfer(splits.send, splits.receive, by.group, by.probes["dispatch"], rows_E, by.wire)
         self.arriving_XD = self.away.start(copies_RD)
 
     def land(self, experts: Experts) -> None:
@@ -123,7 +126,7 @@ class RowFlight(Flight):
         index_X, inverse_X = by_expert(received_PL, sum(self.splits.receive))
         rows_XD = Reorder.apply(self.away.finish(self.arriving_XD), index_X, inverse_X)
         leaving_XD = Reorder.apply(experts.compute(rows_XD, received_PL.sum(0)), inverse_X, index_X)
-        self.home = Transfer(self.splits.receive, self.splits.send, self.by.group, self.by.probes["combine"])
+        self.home = Transfer(self.splits.receive, self.splits.send, self.by.group, self.by.probes["combine"], wire=self.by.wire)
         self.returning_RD = self.home.start(leaving_XD)
 
     def finish(self, shared_TD: Tensor | None = None) -> Tensor:

@@ -4,7 +4,7 @@ parallelism, recompute, data sharding. The model itself knows of none of it."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .recorder import CommRecorder
 from .recorder_fsdp import record_sharding
 from .sharding import WHOLE, Placement, ShardedParameter, place
 from .tensor import attach_tensor_parallel
+from .wire import Wire
 
 COMPUTE_DTYPES = (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64))
 
@@ -38,7 +39,7 @@ def compute_dtype(precision: str) -> torch.dtype:
 def build_dispatcher(name: str, mesh: Mesh, num_experts: int, **options: Any) -> Dispatcher | None:
     """The dispatcher of `model.moe.dispatcher`, None if all experts are on every rank. New ones are one file and a row here.
 
-    options: `pieces`, `recorder` and `layer` of the dispatchers.
+    options: `pieces`, `recorder`, `layer` and `wire` of the dispatchers. In two levels, both send by that wire.
     """
     if mesh.topology.ep * mesh.topology.etp == 1:
         return None
@@ -72,7 +73,7 @@ def parallelize(
     seed: int,
     precision: str = "fp32",
     recompute: str = "none",
-    pieces: int = 1,
+    pieces: int | Mapping[int, int] = 1,
     recorder: CommRecorder | None = None,
 ) -> tuple[Model, tuple[ShardedParameter, ...]]:
     """Build the model on this rank: its shards of the weights that `seed` gives, ready for forward and backward.
@@ -107,12 +108,13 @@ def parallelize(
     return model, tuple(ShardedParameter(placements[name], p) for name, p in model.named_parameters())
 
 
-def attach_doors(model: Model, mesh: Mesh, pieces: int = 1, recorder: CommRecorder | None = None) -> None:
-    """Give every MoE layer its dispatcher and its peers."""
+def attach_doors(model: Model, mesh: Mesh, pieces: int | Mapping[int, int] = 1, recorder: CommRecorder | None = None) -> None:
+    """Give every MoE layer its dispatcher and its peers. pieces: of all layers, or of each by its index."""
     for index, block in enumerate(model.blocks):
         if (layer := block.moe) is not None:
             layer.peers = MeshPeers(mesh.tp_group, mesh.world_group, recorder, index)
-            options = {"pieces": pieces, "recorder": recorder, "layer": index}
+            own = pieces if isinstance(pieces, int) else pieces[index]
+            options = {"pieces": own, "recorder": recorder, "layer": index, "wire": Wire.of(layer.config)}
             dispatcher = build_dispatcher(layer.config.dispatcher, mesh, layer.config.num_experts, **options)
             layer.dispatcher = dispatcher or layer.dispatcher
 

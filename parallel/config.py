@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..moe.checks import check_types, positive, raise_if
+from ..moe.errors import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,18 @@ class ParallelConfig:
     """Neighbouring ranks that share a machine, for communication in two levels; None = those with the same host name."""
     pieces: int = 1
     """Parts that the tokens of a layer are sent to the experts in, so that experts compute on one while the next travels."""
+    plan: str | None = None
+    """File of `moefold plan` for this model, layout and cluster: the number of pieces of each layer. Instead of `pieces`."""
     timeout_s: float = 600.0
     """A collective that takes longer than this stops the job (exit code 5)."""
 
     def __post_init__(self) -> None:
         path = "parallel"
         check_types(self, path)
-        raise_if(positive(self, path, ["dp", "hsdp", "tp", "ep", "etp", "micro_batch", "ranks_per_node", "pieces", "timeout_s"]))
+        names = ["dp", "hsdp", "tp", "ep", "etp", "micro_batch", "ranks_per_node", "pieces", "timeout_s"]
+        problems = positive(self, path, names)
+        if self.plan is not None and self.pieces != 1:
+            problems.append(
+                Problem(f"{path}.pieces", f"is {self.pieces}, but the plan {self.plan} says how many; set one of both")
+            )
+        raise_if(problems)

@@ -7,7 +7,7 @@ the first backward, and every reduction of gradients is a sum, so nothing depend
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +80,7 @@ class Engine:
         config: the model.
         mesh: where it runs.
         seed: of the initial weights.
-        precision, recompute, pieces: see `TrainConfig` and `ParallelConfig`.
+        precision, recompute, pieces: see `TrainConfig` and `ParallelConfig`; pieces may differ by layer.
         num_domains: sources of training text, for statistics.
         recorder: of this rank's communication; None = none is recorded.
     """
@@ -93,7 +93,7 @@ class Engine:
         seed: int = 0,
         precision: str = "fp32",
         recompute: str = "none",
-        pieces: int = 1,
+        pieces: int | Mapping[int, int] = 1,
         optimizer: OptimizerSettings | None = None,
         num_domains: int = 1,
         recorder: CommRecorder | None = None,

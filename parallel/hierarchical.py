@@ -22,6 +22,7 @@ from .collectives import exchange_blocks
 from .mesh import NodeGroups
 from .recorder import CommRecorder, probe_for
 from .transfer import Transfer
+from .wire import Wire
 
 
 def first_of_node(node_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
@@ -44,6 +45,7 @@ class HierarchicalDispatcher(Dispatcher):
         groups: see `NodeGroups`.
         inner: dispatcher among the ranks of a node, for the node's experts.
         num_experts: of the layer. pieces: see `Dispatcher`. recorder, layer: where its exchanges are recorded.
+        wire: how rows travel between nodes; None = as they are. The notes on them always travel exactly.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class HierarchicalDispatcher(Dispatcher):
         pieces: int = 1,
         recorder: CommRecorder | None = None,
         layer: int | None = None,
+        wire: Wire | None = None,
     ):
-        self.groups, self.inner, self.pieces = groups, inner, pieces
+        self.groups, self.inner, self.pieces, self.wire = groups, inner, pieces, wire
         experts_of_node = groups.levels.experts(num_experts)
         self.experts_per_node = len(experts_of_node[0])
         table_2E = torch.empty(2, num_experts, dtype=torch.int64)
@@ -122,7 +125,7 @@ class NodeFlight(Flight):
         self.by, self.plan, self.up, self.send, self.receive = by, plan, up, send, receive
         rows_RD = permute(x_TD, up.order_R, up.row_TK, up.kept_TK, plan.kernels)
         self.num_rows = rows_RD.shape[0]
-        self.rows = Transfer(send, receive, by.groups.across, by.probes["dispatch"], plan.counts_E)
+        self.rows = Transfer(send, receive, by.groups.across, by.probes["dispatch"], plan.counts_E, by.wire)
         self.notes = Transfer(send, receive, by.groups.across, by.probes["notes"])
         self.arriving_MX = self.notes.start(by.notes(plan, up, node_TK))
         self.arriving_MD = self.rows.start(rows_RD)
@@ -131,7 +134,7 @@ class NodeFlight(Flight):
         inside = self.by.plan_inside(self.notes.finish(self.arriving_MX), self.plan.kernels)
         [flight] = self.by.inner.start([self.rows.finish(self.arriving_MD)], [inside])
         flight.land(experts)
-        self.home = Transfer(self.receive, self.send, self.by.groups.across, self.by.probes["combine"])
+        self.home = Transfer(self.receive, self.send, self.by.groups.across, self.by.probes["combine"], wire=self.by.wire)
         self.returning_RD = self.home.start(flight.finish())
 
     def finish(self, shared_TD: Tensor | None = None) -> Tensor:

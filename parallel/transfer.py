@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .comm_record import Direction
 from .recorder import Probe, Span
+from .wire import Wire
 
 
 class Exchange:
@@ -24,6 +25,7 @@ class Exchange:
 
     On gloo every receive is posted before any send: its own all-to-all does it the other way round and reaches about half of a
     link.
+    wire: how rows [R, D] travel; None = as they are.
     """
 
     def __init__(
@@ -35,25 +37,30 @@ class Exchange:
         probe: Probe | None,
         rows_E: Tensor | None,
         direction: Direction,
+        wire: Wire | None = None,
     ):
-        self.out = x_RD.new_empty(sum(receive), *x_RD.shape[1:])
-        # kept until the end: the transport reads it
-        self.rows = x_RD[: sum(send)].contiguous()
+        rows_RD = x_RD[: sum(send)]
+        # both kept until the end: the transport reads one and writes the other
+        self.rows = rows_RD.contiguous() if wire is None else wire.pack(rows_RD)
+        self.arriving = self.rows.new_empty(sum(receive), *self.rows.shape[1:])
+        self.wire = wire
+        # what is packed has no rows before it has come: their shape, without memory for them
+        self.out = self.arriving if wire is None else x_RD.new_empty(()).expand(sum(receive), *x_RD.shape[1:])
         self.sources: list[int] = []
         self.span: Span | None = None
         if probe is not None:
-            row_bytes = x_RD.element_size() * math.prod(x_RD.shape[1:])
+            row_bytes = self.rows.element_size() * math.prod(self.rows.shape[1:])
             traffic: dict[str, Any] = {"send": send, "receive": receive, "row_bytes": row_bytes, "rows_E": rows_E}
             self.span = probe.span("all_to_all", direction=direction, **traffic).__enter__()
         if dist.get_backend(group) == "gloo":
             self.works = self._start_on_gloo(send, receive, group)
         else:
             splits = (list(receive), list(send))
-            self.works = [dist.all_to_all_single(self.out, self.rows, *splits, group=group, async_op=True)]
+            self.works = [dist.all_to_all_single(self.arriving, self.rows, *splits, group=group, async_op=True)]
 
     def _start_on_gloo(self, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> list[dist.Work | None]:
         me = dist.get_rank(group)
-        outgoing, incoming = self.rows.split(list(send)), self.out.split(list(receive))
+        outgoing, incoming = self.rows.split(list(send)), self.arriving.split(list(receive))
         peers = [(me + step) % len(send) for step in range(1, len(send))]
         self.sources = [p for p in peers if receive[p]]
         works = [dist.irecv(incoming[p], group=group, group_src=p) for p in self.sources]
@@ -81,7 +88,9 @@ class Exchange:
         finally:
             if span is not None:
                 span.ended = span.probe.recorder.clock.mark()
-        self.works, self.rows = [], self.out
+        if self.wire is not None:
+            self.out = self.wire.unpack(self.arriving, self.out.shape[1], self.out.dtype)
+        self.works, self.rows, self.arriving = [], self.out, self.out
         return self.out
 
 
@@ -91,6 +100,7 @@ class Transfer:
     Args:
         send, receive: rows to and from each rank of the group; rows beyond the sum of `send` stay, and get zero gradients.
         probe: where both directions are recorded. rows_E: for the recorder, see `CommRecord.rows_E`.
+        wire: how rows travel, and their gradients; None = as they are.
     """
 
     def __init__(
@@ -100,8 +110,10 @@ class Transfer:
         group: dist.ProcessGroup,
         probe: Probe | None = None,
         rows_E: Tensor | None = None,
+        wire: Wire | None = None,
     ):
         self.send, self.receive, self.group, self.probe, self.rows_E = send, receive, group, probe, rows_E
+        self.wire = wire
         self.flight: Exchange | None = None
 
     def start(self, x_RD: Tensor) -> Tensor:
@@ -115,7 +127,8 @@ class Transfer:
     def launch(self, x_RD: Tensor, backward: bool) -> Tensor:
         sizes = (self.receive, self.send) if backward else (self.send, self.receive)
         direction: Direction = "backward" if backward else "forward"
-        self.flight = Exchange(x_RD, *sizes, self.group, self.probe, None if backward else self.rows_E, direction)
+        rows_E = None if backward else self.rows_E
+        self.flight = Exchange(x_RD, *sizes, self.group, self.probe, rows_E, direction, self.wire)
         return self.flight.out
 
     def wait(self) -> Tensor:

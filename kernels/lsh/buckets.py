@@ -33,14 +33,21 @@ class Buckets:
     num_rows: int
 
 
-def _lexicographic_rank(codes_TH: Tensor) -> Tensor:
+def _lexicographic_rank(codes_TH: Tensor, num_codes: int | None) -> Tensor:
     """Place of each token when tokens are sorted by their codes, first hash first; equal ones by token.
 
-    A chain of stable sorts, last hash first: packing the codes into one key could overflow with many or wide hashes.
+    A chain of stable sorts, last hashes first, each by as many hashes as fit into one int64; one by one where codes may be
+    anything.
     """
-    order_T = torch.arange(codes_TH.shape[0], device=codes_TH.device)
-    for h in reversed(range(codes_TH.shape[1])):
-        order_T = order_T[torch.sort(codes_TH[:, h][order_T], stable=True).indices]
+    T, H = codes_TH.shape
+    bits = 63 if num_codes is None else max(1, (num_codes - 1).bit_length())
+    order_T = torch.arange(T, device=codes_TH.device)
+    for stop in range(H, 0, -(63 // bits)):
+        first, *others = codes_TH[:, max(0, stop - 63 // bits) : stop].unbind(1)
+        key_T = first
+        for code_T in others:
+            key_T = (key_T << bits) | code_T
+        order_T = order_T[torch.sort(key_T[order_T], stable=True).indices]
     return _inverse(order_T)
 
 
@@ -95,6 +102,7 @@ def bucket_rows(
     kept_TK: Tensor | None = None,
     exact_TK: Tensor | None = None,
     max_rows: int | None = None,
+    num_codes: int | None = None,
 ) -> Buckets:
     """Put the kept choices of one expert whose tokens have equal codes into one bucket (LSH-MoE, arXiv 2411.08446, alg. 1).
 
@@ -104,7 +112,7 @@ def bucket_rows(
     buckets.
 
     Args:
-        codes_TH: int64, from `cross_polytope_codes`; any values.
+        codes_TH: int64, from `cross_polytope_codes`.
         indices_TK: int64, expert of each choice, in [0, num_experts).
         kept_TK: bool, choices that travel; None = all.
         exact_TK: bool, choices that have a bucket of their own; None = none.
@@ -112,20 +120,19 @@ def bucket_rows(
             included, is <= max_rows. Its buckets are then split to level h + 1, those with most rows first (ties: the lower
             bucket), up to the first that does not fit. Where experts hit plus exact choices pass max_rows already, the others
             have one bucket per expert, and there are more than max_rows buckets.
+        num_codes: codes lie in [0, num_codes), so that they take fewer sorts (not checked); None = they may be anything.
 
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit each other.
     """
-    check_choices(codes_TH, indices_TK, num_experts, kept_TK, exact_TK, max_rows)
-    (T, K), device = indices_TK.shape, indices_TK.device
-    R = T * K
-    choice_R = torch.arange(R, device=device)
-    token_R = choice_R // max(K, 1)
-    kept_R = torch.ones(R, dtype=torch.bool, device=device) if kept_TK is None else kept_TK.flatten()
+    check_choices(codes_TH, indices_TK, num_experts, kept_TK, exact_TK, max_rows, num_codes)
+    T, K = indices_TK.shape
+    token_R = torch.arange(T * K, device=indices_TK.device) // max(K, 1)
+    kept_R = torch.ones_like(token_R, dtype=torch.bool) if kept_TK is None else kept_TK.flatten()
     exact_R = torch.zeros_like(kept_R) if exact_TK is None else exact_TK.flatten()
     # an expert's exact choices are a group behind its other ones; what is not kept is the last group
     group_R = torch.where(kept_R, 2 * indices_TK.flatten() + exact_R, 2 * num_experts)
-    place_R = torch.where(exact_R | ~kept_R, token_R, _lexicographic_rank(codes_TH)[token_R])
+    place_R = torch.where(exact_R | ~kept_R, token_R, _lexicographic_rank(codes_TH, num_codes)[token_R])
     order_R = torch.sort(group_R * T + place_R, stable=True).indices
     sorted_kept_R = kept_R[order_R]
     first_RL = _first_of_buckets(group_R[order_R], codes_TH[token_R[order_R]], exact_R[order_R], sorted_kept_R)

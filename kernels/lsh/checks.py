@@ -45,6 +45,7 @@ def check_choices(
     kept_TK: Tensor | None,
     exact_TK: Tensor | None,
     max_rows: int | None,
+    num_codes: int | None,
 ) -> None:
     """Inputs of `bucket_rows`."""
     op = "bucket_rows"
@@ -63,6 +64,8 @@ def check_choices(
         raise ValueError(f"{op}: {num_experts} experts; need at least one")
     if max_rows is not None and max_rows < 0:
         raise ValueError(f"{op}: max_rows = {max_rows}; need 0 or more, or None for no limit")
+    if num_codes is not None and num_codes < 1:
+        raise ValueError(f"{op}: num_codes = {num_codes}; need one or more, or None for any codes")
     check_same_device(op, codes_TH=codes_TH, indices_TK=indices_TK, kept_TK=kept_TK, exact_TK=exact_TK)
 
 

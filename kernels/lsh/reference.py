@@ -29,6 +29,7 @@ def bucket_rows(
     kept_TK: Tensor | None = None,
     exact_TK: Tensor | None = None,
     max_rows: int | None = None,
+    num_codes: int | None = None,
 ) -> Buckets:
     """As the public function, with one Python key per choice: (expert, exact, code prefix or choice)."""
     K, H = indices_TK.shape[1], codes_TH.shape[1]

@@ -126,6 +126,16 @@ def test_buckets_equal_the_specification(case: dict[str, object]) -> None:
         assert len(bucket_rows(**{**case, "max_rows": None}).experts_C) >= C
 
 
+@given(data=st.data(), num_codes=st.sampled_from([1, 2, 6, 16, 1 << 21, 1 << 40, 1 << 62]), hashes=st.integers(1, 12))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_codes_that_are_sorted_together_give_the_same_buckets(data: st.DataObject, num_codes: int, hashes: int) -> None:
+    few = sorted({0, num_codes // 2, num_codes - 1})
+    rows = data.draw(st.lists(st.lists(st.sampled_from(few), min_size=hashes, max_size=hashes), min_size=1, max_size=12))
+    codes_TH, indices_TK = torch.tensor(rows), torch.zeros(len(rows), 1, dtype=torch.int64)
+    got, want = (bucket_rows(codes_TH, indices_TK, 1, num_codes=n) for n in (num_codes, None))
+    assert_same(tensors(got), tensors(want))
+
+
 class Operations(TorchDispatchMode):
     """Names of the operations that run inside."""
 
@@ -190,6 +200,7 @@ def test_budget_of_an_example(max_rows: int | None, sizes: list[int]) -> None:
         ({"exact_TK": torch.ones(3, 1, dtype=torch.bool)}, r"mask exact is .* \(3, 1\); .* \(3, 2\)"),
         ({"num_experts": 0}, "0 experts"),
         ({"max_rows": -1}, "max_rows = -1"),
+        ({"num_codes": 0}, "num_codes = 0"),
         ({"exact_TK": torch.ones(3, 2, dtype=torch.bool, device="meta")}, "indices_TK on cpu, exact_TK on meta"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -86,6 +86,7 @@ def test_examples_of_help_are_understood(verb, answer, tmp_path, monkeypatch, ca
     results = {
         "pretrain": types.SimpleNamespace(exit_code=0),
         "parity": types.SimpleNamespace(exit_code=0, render=lambda: "equal", to_dict=lambda: {"equal": True}),
+        "plan": types.SimpleNamespace(exit_code=0, rank=0, render=lambda: "1 piece"),
         "report": types.SimpleNamespace(path="report.html"),
     }
     if verb in results:
@@ -125,7 +126,7 @@ def test_version(capsys):
     ("args", "says"),
     [
         (["pretrian", "a.toml"], "no verb 'pretrian'; did you mean 'pretrain'?"),
-        (["zzzzz"], "no verb 'zzzzz'; verbs: pretrain, parity, launch, report, config"),
+        (["zzzzz"], "no verb 'zzzzz'; verbs: pretrain, parity, plan, launch, report, config"),
         (["pretrain"], "the following arguments are required: FILE"),
         (["launch", "quickstart"], "the following arguments are required: --nodes"),
         (["launch", "quickstart", "--nodes", "two"], "invalid int value: 'two'"),

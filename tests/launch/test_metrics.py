@@ -62,6 +62,8 @@ def test_unregistered_key_is_an_error_and_writes_nothing(key: str, hint: str, tm
         ("train/loss", {"a": 1.0}),
         ("moe/load_LE", 1.0),
         ("moe/load_LE", [1.0]),
+        ("moe/rows_sent_L", 1.0),
+        ("moe/rows_sent_L", [[1.0]]),
         ("moe/domain_load", [[1.0]]),
     ],
 )

@@ -1,0 +1,392 @@
+"""How many pieces to send each MoE layer in: the verb `moefold plan`. Measures the cluster, simulates, writes the plan."""
+
+from __future__ import annotations
+
+import html
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..moe.config import ModelConfig
+from ..moe.errors import ConfigError, Problem, TopologyError
+from ..moe.model import Model
+from ..parallel.apply import compute_dtype
+from ..parallel.cost_model import ComputeFit, LinkFit, measure_contention, measure_experts, measure_links
+from ..parallel.mesh import Mesh, build_mesh, find_nodes
+from ..parallel.nodes import NodeMap, two_levels
+from ..parallel.plan import LayerPlan, ModelSummary, Plan, check_plan, fingerprint, layer_work
+from ..parallel.schedule import MOST_CHUNKS, Choice, Costs, LayerWork, Placement, best_chunks, place_gradients, simulate
+from ..parallel.topology import Topology
+from .config import Loaded, check_world
+from .process import Rank, as_named, choose_device, joined
+from .rundir import write_atomic
+from .settings import RunConfig
+
+SHOWN = (1, 2, 4, 8)
+WHAT_IF_RATE = 0.2
+MAX_ERROR = 0.25
+"""Mean relative error of a link's model above which its plan is doubted aloud."""
+FEW_ROWS = 16
+"""Rows of the smallest measurement of the experts, at least."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of sending, as it is or as it could be. sent: bytes that a rank sends over each link, there and back."""
+
+    dispatcher: str
+    rate: float
+    sent: Mapping[str, float]
+    choice: Choice
+
+    def to_dict(self) -> dict[str, Any]:
+        seconds = [{"chunks": r, "forward_s": f, "backward_s": b} for r, (f, b) in enumerate(self.choice.times, 1)]
+        return {
+            "dispatcher": self.dispatcher,
+            "rate": self.rate,
+            "sent_bytes": dict(self.sent),
+            "chunks": self.choice.chunks,
+            "best_forward_chunks": self.choice.forward_chunks,
+            "best_backward_chunks": self.choice.backward_chunks,
+            "predicted": seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a plan with links was made from. variants: the configured way first. timelines: forward and backward of the choice."""
+
+    experts: tuple[ComputeFit, ComputeFit]
+    variants: tuple[Variant, ...]
+    gradients: Placement | None
+    timelines: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What `plan` found, on every rank alike. rank: this one. out: file that rank 0 has written."""
+
+    plan: Plan
+    rank: int
+    seconds: float
+    findings: Findings | None = None
+    notes: tuple[str, ...] = ()
+    out: str | None = None
+    exit_code: int = field(default=0, init=False)
+
+    def render(self) -> str:
+        """Tables for a terminal: links, experts, predicted times by number of pieces, what other ways of sending would take."""
+        m, load, here = self.plan.model, self.plan.model.load, self.plan.fingerprint
+        lines = [
+            f"plan for {here.world} rank{'s' * (here.world != 1)} on {len(here.hosts)} host{'s' * (len(here.hosts) != 1)}, "
+            f"ep {here.ep}, etp {here.etp}, {here.backend}",
+            f"  {_layers(m.layers)}: {load.num_experts} experts of {load.dim} x {load.expert_dim}, top {load.top_k}, "
+            f"{load.tokens} tokens per rank and pass, {load.row_bytes} bytes a row, dispatcher '{m.dispatcher}'",
+        ]
+        if self.findings is not None:
+            lines += ["", *_measured(self.plan, self.findings, self.seconds), "", *_predicted(self.findings)]
+            lines += ["", *_what_if(self.findings.variants), "", *_gradients(self.findings.gradients)]
+            lines += ["", *(line for text in self.findings.timelines for line in text.splitlines())]
+        lines += ["", *self.notes, _verdict(self)]
+        return "\n".join(lines + ([f"written: {self.out}"] if self.out else []))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON: the plan as it is written to a file, and what it was made from."""
+        found = self.findings
+        return {
+            "plan": self.plan.to_dict(),
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+            "experts": None if found is None else [asdict(fit) for fit in found.experts],
+            "variants": [] if found is None else [variant.to_dict() for variant in found.variants],
+            "gradients": None if found is None or found.gradients is None else asdict(found.gradients),
+        }
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.render())}</pre>"
+
+
+def plan(config: RunConfig, *, measure_s: float = 3.0, out: str | None = None) -> PlanResult:
+    """Measure links and experts, simulate every number of pieces, and choose. Every rank calls it; under torchrun it joins the
+    other ranks, else it runs alone, and then there is no link to plan for: one piece.
+
+    Predicted are the exchanges and products of a layer; routing and moving rows on a rank are the same in any number of pieces
+    but for their calls, and are left out, as is what sharding over data ranks gathers.
+
+    Args:
+        measure_s: seconds to measure for.
+        out: file for the plan, which rank 0 writes.
+
+    Raises:
+        ConfigError: a model without MoE layers, or a place for `out` that does not exist.
+        TopologyError: the configuration cannot be laid out on these ranks.
+    """
+    here = Rank.here()
+    topology = _topology(config, here)
+    if not 0 < measure_s < float("inf"):
+        raise ConfigError([Problem("--measure-s", f"is {measure_s}, but must be a positive number of seconds")])
+    if out is not None and here.rank == 0 and not Path(out).absolute().parent.is_dir():
+        raise ConfigError([Problem("--out", f"is {out}, but its folder does not exist; make it first")])
+    device = choose_device(config.train.device, here)
+    with joined(here, device, timeout_s=config.parallel.timeout_s, threads=config.train.threads):
+        try:
+            result = _plan(config, topology, device, here.rank, measure_s)
+        except RuntimeError as error:
+            named = as_named(error)
+            if named is error:
+                raise
+            raise named from error
+    if out is not None:
+        if here.rank == 0:
+            write_atomic(Path(out), result.plan.to_json())
+        result = replace(result, out=out)
+    return result
+
+
+def _topology(config: RunConfig, here: Rank) -> Topology:
+    try:
+        return check_world(Loaded(config, {}), here.world)
+    except TopologyError as error:
+        if here.launched:
+            raise
+        hint = "is 1: this process was not started by torchrun; use `torchrun --nproc-per-node N -m moefold.launch.plan ...`"
+        raise TopologyError([*error.problems, Problem("world", hint)]) from error
+
+
+def _plan(config: RunConfig, topology: Topology, device: torch.device, rank: int, measure_s: float) -> PlanResult:
+    start_s = time.perf_counter()
+    nodes, notes = _nodes(config, topology)
+    mesh = build_mesh(topology, device, config.parallel.timeout_s, nodes)
+    model = _summary(config, mesh, 1 if mesh.by_node is None else len(mesh.by_node.levels.inside))
+    if topology.ep * topology.etp == 1:
+        layers = tuple(LayerPlan(layer, 1) for layer in model.layers)
+        made = Plan(__version__, fingerprint(mesh), model, layers, {})
+        return PlanResult(made, rank, time.perf_counter() - start_s, notes=tuple(notes))
+    links = measure_links(mesh, 0.6 * measure_s)
+    notes += _doubts(links)
+    experts, contention = _measure_work(config, model, mesh, links["flat"], 0.4 * measure_s)
+    costs = Costs(experts[0].model, experts[1].model, contention)
+    models = {name: fit.model for name, fit in links.items()}
+    work, choice = model.work(models), best_chunks(model.work(models), costs)
+    seconds = (*choice.seconds(choice.chunks), *choice.seconds(1))
+    layers = tuple(LayerPlan(layer, choice.chunks, *seconds) for layer in model.layers)
+    drawn = [simulate(work, costs, choice.chunks, backward=b).draw() for b in (False, True)]
+    found = Findings(
+        experts=experts,
+        variants=_variants(model, models, costs, choice),
+        gradients=_placed(config.model, model, topology, links, work, costs, choice),
+        timelines=(f"forward in {choice.chunks}\n{drawn[0]}", f"backward in {choice.chunks}\n{drawn[1]}"),
+    )
+    made = Plan(__version__, fingerprint(mesh), model, layers, links, costs)
+    return PlanResult(made, rank, time.perf_counter() - start_s, found, tuple(notes))
+
+
+def _summary(config: RunConfig, mesh: Mesh, nodes: int) -> ModelSummary:
+    topology = mesh.topology
+    rows = config.parallel.micro_batch or config.train.global_batch // topology.dp
+    tokens = rows * config.data.seq_len // topology.tp
+    return ModelSummary.of(config.model, topology, tokens=tokens, nodes=nodes, precision=config.train.precision)
+
+
+def planned_pieces(config: RunConfig, mesh: Mesh) -> int | dict[int, int]:
+    """`parallel.pieces`, or those of each layer by `parallel.plan`. Collective where there is a plan.
+
+    Raises:
+        ConfigError: the plan cannot be read, or was made for another model, layout or cluster.
+    """
+    path = config.parallel.plan
+    if path is None:
+        return config.parallel.pieces
+    plan = Plan.read(path)
+    nodes, _ = _nodes(config, mesh.topology)
+    members = mesh.topology.groups("ep_etp")[0]
+    model = _summary(config, mesh, 1 if nodes is None else len(nodes.split(members)))
+    check_plan(plan, fingerprint(mesh), model, path)
+    return {layer: plan.chunks(layer) for layer in model.layers}
+
+
+def _nodes(config: RunConfig, topology: Topology) -> tuple[NodeMap | None, list[str]]:
+    """Where ranks live, if groups in two levels can be made there; what is to be said otherwise. Collective."""
+    nodes = find_nodes(config.parallel.ranks_per_node)
+    moe, notes = config.model.moe, []
+    try:
+        for members in topology.groups("ep_etp"):
+            two_levels(members, nodes, topology.etp)
+    except TopologyError as error:
+        if moe is not None and moe.dispatcher == "hierarchical":
+            raise
+        notes.append(f"no figures for two levels, and all bytes count as inside a node: {error.problems[0].what}")
+        return None, notes
+    return nodes, notes
+
+
+def _doubts(links: Mapping[str, LinkFit]) -> list[str]:
+    """What is to be said about measurements that no model fits."""
+    longer = "measure longer (--measure-s), or when nothing else runs here"
+    doubts = []
+    for name, fit in links.items():
+        if fit.model.beta_s_per_byte == 0:
+            doubts.append(f"link '{name}': up to {_bytes(fit.samples[-1][0])}, time did not grow with size; {longer}")
+        elif fit.mean_error > MAX_ERROR:
+            doubts.append(f"link '{name}': measurements are {fit.mean_error:.0%} from its model on average; {longer}")
+    return doubts
+
+
+def _measure_work(
+    config: RunConfig, model: ModelSummary, mesh: Mesh, flat: LinkFit, budget_s: float
+) -> tuple[tuple[ComputeFit, ComputeFit], float]:
+    """Cost of the experts of one rank over the sizes of pieces that come into question, and contention with the link."""
+    load, moe = model.load, config.model.moe
+    assert moe is not None
+    rows = max(FEW_ROWS * MOST_CHUNKS, load.tokens * load.top_k * load.etp)
+    shape = (load.num_experts // load.ep, load.dim, load.expert_dim // load.etp)
+    kind: dict[str, Any] = {"dtype": compute_dtype(config.train.precision), "kernels": moe.kernels}
+    pieces = [max(FEW_ROWS, rows // r) for r in (1, 2, 4, MOST_CHUNKS)]
+    experts = measure_experts(*shape, pieces, device=mesh.device, group=mesh.world_group, budget_s=budget_s / 2, **kind)
+    # an exchange as long as the computation shows most, if it stays within what was measured
+    size = min(flat.model.fits(experts[0].model.seconds(6.0 * load.dim * shape[2] * rows)), flat.samples[-1][0])
+    size = int(max(size, flat.samples[0][0]))
+    return experts, measure_contention(mesh, size, *shape, rows, budget_s=budget_s / 2, **kind)
+
+
+def _variants(model: ModelSummary, links: Mapping[str, Any], costs: Costs, choice: Choice) -> tuple[Variant, ...]:
+    """The configured way, then others: with and without two levels, with and without compression."""
+    ways = [(model.dispatcher, model.rate)]
+    dispatchers = ["all_to_all", *(["hierarchical"] if "across" in links else [])]
+    ways += [(d, rate) for rate in (1.0, WHAT_IF_RATE) for d in dispatchers if (d, rate) != ways[0]]
+    found = []
+    for dispatcher, rate in ways:
+        work = layer_work(model.load, links, dispatcher, rate)
+        best = choice if (dispatcher, rate) == ways[0] else best_chunks(work, costs)
+        found.append(Variant(dispatcher, rate, work.wire_bytes, best))
+    return tuple(found)
+
+
+def _placed(
+    config: ModelConfig,
+    model: ModelSummary,
+    topology: Topology,
+    links: Mapping[str, LinkFit],
+    work: LayerWork,
+    costs: Costs,
+    choice: Choice,
+) -> Placement | None:
+    if "gradients" not in links:
+        return None
+    idle = simulate(work, costs, choice.chunks, backward=True).idle(work.hops[0].resource)
+    sizes = gradient_bytes(config, topology)
+    groups = list(reversed(model.layers))
+    # of a MoE layer and the dense ones after it, up to the next MoE layer
+    ends = [config.num_layers, *groups[:-1]]
+    each = [sum(sizes[layer:end]) for layer, end in zip(groups, ends, strict=True)]
+    return place_gradients([idle] * len(groups), each, links["gradients"].model)
+
+
+def gradient_bytes(config: ModelConfig, topology: Topology) -> list[float]:
+    """Bytes of the fp32 gradients of each block that one rank adds up with other ranks; tensor-parallel ranks share evenly."""
+    with torch.device("meta"):
+        blocks = Model(config, init=False).blocks
+    shared = {True: (topology.edp > 1) / (topology.ep * topology.etp), False: (topology.dp > 1) / topology.tp}
+    return [sum(4.0 * p.numel() * shared[".experts." in f".{name}"] for name, p in b.named_parameters()) for b in blocks]
+
+
+def _layers(layers: tuple[int, ...]) -> str:
+    """'MoE layers 0-3, 6'."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return f"MoE layer{'s' * (len(layers) != 1)} " + ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _bytes(size: float) -> str:
+    if size == float("inf"):
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 999.5 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.3g} {unit}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}"
+
+
+def _measured(made: Plan, found: Findings, seconds: float) -> list[str]:
+    rows = [("link", "operation", "ranks", "alpha ms", "bandwidth/s", "bucket", "half at", "error mean, max")]
+    for name, fit in made.links.items():
+        m, errors = fit.model, f"{fit.mean_error:.0%}, {fit.max_error:.0%}"
+        cells = (_ms(m.alpha_s), _bytes(m.bytes_per_s), _bytes(m.bucket_bytes), _bytes(m.half_bandwidth_bytes), errors)
+        rows.append((name, fit.what, str(fit.ranks), *cells))
+    work = [("experts", "alpha ms", "GFLOP/s", "error mean, max")]
+    for name, compute in zip(("forward", "backward"), found.experts, strict=True):
+        rate = 1e-9 / compute.model.s_per_flop if compute.model.s_per_flop else float("inf")
+        errors = f"{compute.mean_error:.0%}, {compute.max_error:.0%}"
+        work.append((name, _ms(compute.model.alpha_s), f"{rate:.3g}", errors))
+    assert made.costs is not None
+    slower = f"experts and exchanges slow each other down {made.costs.contention:.2f} times"
+    return [f"measured in {seconds:.1f} s", *_table(rows), "", *_table(work), f"  {slower}"]
+
+
+def _predicted(found: Findings) -> list[str]:
+    choice = found.variants[0].choice
+    shown = sorted({*SHOWN, choice.chunks})
+    rows = [("pieces", "forward", "backward", "together", "")]
+    for r in shown:
+        forward, backward = choice.seconds(r)
+        rows.append((str(r), _ms(forward), _ms(backward), _ms(forward + backward), "<- chosen" if r == choice.chunks else ""))
+    alone = f"  best for forward alone: {choice.forward_chunks}, for backward alone: {choice.backward_chunks}"
+    return ["predicted time of a layer, ms", *_table(rows), alone]
+
+
+def _what_if(variants: tuple[Variant, ...]) -> list[str]:
+    rows = [("dispatcher", "rows", "sent across nodes", "inside", "pieces", "together", "")]
+    for variant in variants:
+        c, sent = variant.choice, variant.sent
+        last = "<- configured" if variant is variants[0] else ""
+        cells = (_bytes(sent["across"]), _bytes(sent["inside"]), str(c.chunks), _ms(sum(c.seconds(c.chunks))), last)
+        rows.append((variant.dispatcher, f"{variant.rate:.0%}", *cells))
+    return ["what if, ms (every expert as likely; without the work of compression)", *_table(rows)]
+
+
+def _gradients(placed: Placement | None) -> list[str]:
+    if placed is None:
+        return ["gradients: no data ranks to add them up with"]
+    return [
+        f"gradients of all layers take {_ms(placed.serial_s)} ms to add up; in the gaps of the slow link in backward all but "
+        f"{_ms(placed.exposed_s)} ms would be hidden (predicted; training does not place them there)"
+    ]
+
+
+def _verdict(result: PlanResult) -> str:
+    if result.findings is None:
+        return "all experts are on every rank: there is no link to plan for, 1 piece"
+    choice = result.findings.variants[0].choice
+    if choice.chunks == 1:
+        return f"{_layers(result.plan.model.layers)}: 1 piece, as more would take longer"
+    return f"{_layers(result.plan.model.layers)}: {choice.chunks} pieces, predicted {choice.gain:.2f} times as fast as one"
+
+
+def main() -> int:
+    """`torchrun --nproc-per-node N -m moefold.launch.plan CONFIG.toml ...`: the verb `plan` with the same arguments."""
+    from .cli import main as command
+
+    return command(["plan", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
