@@ -112,6 +112,20 @@ class ParityResult:
         return f"<pre>{html.escape(self.render())}</pre>"
 
 
+def _inexact(config: RunConfig) -> list[Problem]:
+    """Settings by which numbers depend on the layout on purpose."""
+    if config.model.moe is None:
+        return []
+    c, problems = config.model.moe.compress, []
+    if c.wire != "none":
+        what = f"is {c.wire!r}, which rounds rows between ranks, and one process sends none; parity is of exact rows: use 'none'"
+        problems.append(Problem("model.moe.compress.wire", what))
+    if c.method != "none":
+        what = f"is {c.method!r}, which merges rows of one rank, and one process has others; parity is of exact rows: use 'none'"
+        problems.append(Problem("model.moe.compress.method", what))
+    return problems
+
+
 def parity(config: RunConfig, world: int) -> ParityResult:
     """Compare the layout of `config` on `world` ranks with one process, on a scaled-down model with all of its features.
 
@@ -120,12 +134,14 @@ def parity(config: RunConfig, world: int) -> ParityResult:
     usual `if __name__ == "__main__":`, as it starts processes.
 
     Raises:
-        ConfigError: more than 16 ranks.
+        ConfigError: more than 16 ranks, or rows that are merged or rounded on their way.
         TopologyError: the configuration cannot be laid out on `world` ranks.
     """
     topology = check_world(Loaded(config, {}), world)
     if world > MAX_WORLD:
         raise ConfigError([Problem("world", _too_large(topology))])
+    if problems := _inexact(config):
+        raise ConfigError(problems)
     start_s = time.monotonic()
     case = parity_case(config, topology)
     degrees = {name: getattr(topology, name) for name in ("hsdp", "tp", "ep", "etp")}

@@ -43,6 +43,8 @@ def parity_case(config: RunConfig, topology: Topology) -> ParityCase:
         steps=STEPS,
         valid_share=0.6,
         recompute=config.parallel.recompute,
+        ranks_per_node=None if config.parallel.ranks_per_node is None else min(config.parallel.ranks_per_node, topology.world),
+        pieces=config.parallel.pieces,
         seed=config.train.seed,
         optimizer=OptimizerSettings(
             betas=(o.beta1, o.beta2),

@@ -128,13 +128,16 @@ def notes(c: CompressConfig) -> list[str]:
 
 
 def _layers(run: RunData, several: bool) -> str | None:
-    _, shares = run.metrics.arrays("moe/rows_sent_L")
-    _, errors = run.metrics.arrays("moe/compress_error_L")
-    if not shares:
+    records = [r for r in run.metrics.records if "moe/rows_sent_L" in r]
+    if not records:
         return None
-    newest = errors[-1] if errors else [None] * len(shares[-1])
+    # rows and error of one step: the newest in which the error was measured
+    newest = next((r for r in reversed(records) if "moe/compress_error_L" in r), records[-1])
+    shares = newest["moe/rows_sent_L"]
+    errors = newest.get("moe/compress_error_L", [None] * len(shares))
     lines = [
         [f"{layer}", None if share is None else 100 * share, error]
-        for layer, share, error in zip(run.layers(len(shares[-1])), shares[-1], newest, strict=True)
+        for layer, share, error in zip(run.layers(len(shares)), shares, errors, strict=True)
     ]
-    return table(f"Compression by layer, newest record{_of(run, several)}", ["layer", "rows sent (%)", "error"], lines)
+    head = ["layer", "rows sent (%)", "error of merging"]
+    return table(f"Compression by layer at step {newest['step']}{_of(run, several)}", head, lines)

@@ -80,6 +80,19 @@ def test_the_smaller_world_is_legal_and_small(world: int, degrees: dict[str, int
     assert {n for n in ("tp", "ep", "etp", "hsdp") if getattr(smaller, n) > 1} == set(degrees)
 
 
+def test_two_nodes_and_pieces_pass() -> None:
+    two_levels = {"model.moe.dispatcher": "hierarchical", "parallel.ranks_per_node": 1, "parallel.pieces": 2}
+    result = parity(quickstart(**{"parallel.ep": 2} | two_levels), 2)
+    assert result.passed, result.render()
+    assert (result.case.ranks_per_node, result.case.pieces) == (1, 2)
+
+
+def test_settings_that_depend_on_the_layout_on_purpose_are_refused_together() -> None:
+    inexact = {"model.moe.compress.method": "lsh", "model.moe.compress.wire": "int8"}
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*compress\.wire: is 'int8'.*compress\.method: is 'lsh', which merges"):
+        parity(quickstart(**{"parallel.ep": 2} | inexact), 2)
+
+
 def test_a_layout_that_does_not_fit_is_refused() -> None:
     with pytest.raises(TopologyError, match=r"parallel\.ep"):
         parity(quickstart(**{"parallel.ep": 3}), 2)

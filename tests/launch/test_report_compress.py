@@ -127,13 +127,18 @@ def test_the_section_says_it_and_stays_away_without_compression(tmp_path: Path) 
         "Fewer rows make both the traffic and the work of the experts smaller; a smaller row only the traffic.",
         "Rows of the 16 tokens per rank and layer that the error is measured on are in the bytes.",
         "at most 1/254 of the largest of its block; gradients on their way back as well.",
-        "Compression by layer, newest record: a",
+        "Compression by layer at step 20: a",
         "Rate in the schedule",
     ):
         assert text in html, text
     assert "saves and costs (comm.json, metrics.jsonl): plain" not in html
     assert re.search(r"\|1\|+20\|+0\.05\|", html) and re.search(r"\|2\|+40\|+0\.09\|", html), "layers by the model's numbers"
     assert not report(runs[1]).sections["compression"]
+    with open(runs[0] / "metrics.jsonl", "a") as file:  # the last steps send all, and measure nothing
+        head = {"schema": 1, "kind": "step", "step": 30, "attempt": 0, "time_s": 2e9}
+        file.write(json.dumps({**head, "moe/rows_sent_frac": 1.0, "moe/rows_sent_L": [1.0, 1.0]}) + "\n")
+    html = unescape(re.sub(r"<[^>]*>", "|", report(runs[0]).path.read_text()))
+    assert "Compression by layer at step 20" in html, "rows and error of the same step"
 
 
 def test_notes_ask_for_what_is_missing() -> None:

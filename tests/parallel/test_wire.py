@@ -16,6 +16,7 @@ from torch import Tensor
 from helpers import GlooPool, RankError, run_threads
 from moefold.kernels import quant_rows
 from moefold.kernels.quant_rows import dequantize_rows, quantize_rows
+from moefold.launch.parity import parity
 from moefold.launch.settings import RunConfig, TrainConfig
 from moefold.moe.config import MAX_WIRE_BLOCK, CompressConfig, ModelConfig, MoEConfig
 from moefold.moe.dispatch import DispatchPlan, Experts, make_plan
@@ -345,7 +346,9 @@ def test_float64_is_refused() -> None:
         Wire("e4m3").pack(torch.zeros(2, 3, dtype=torch.float64))
     with pytest.raises(ConfigError, match=r"model\.moe\.compress\.wire: is 'int8', which takes no float64"):
         RunConfig(model=replace(config, max_seq_len=4096), train=TrainConfig(steps=1, precision="fp64"))
-    RunConfig(model=replace(config, max_seq_len=4096), train=TrainConfig(steps=1))
+    rounding = RunConfig(model=replace(config, max_seq_len=4096), train=TrainConfig(steps=1))
+    with pytest.raises(ConfigError, match=r"model\.moe\.compress\.wire: is 'int8', which rounds rows.* parity is of exact rows"):
+        parity(rounding, 2)
 
 
 @pytest.mark.parametrize(
