@@ -22,14 +22,19 @@ def micro_batch(batch: Batch, device: torch.device) -> MicroBatch:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss in nats per token, and bits per byte of all held-out text and of each domain that has any."""
+    """Mean loss in nats per token, and bits per byte of all held-out text and of each domain that has any. compressed: the same
+    with compression, where it was asked for."""
 
     loss: float
     bits_per_byte: float
     by_domain: dict[str, float]
+    compressed: Evaluation | None = None
 
     def metrics(self) -> dict[str, float]:
         values = {"eval/loss": self.loss, "eval/bits_per_byte": self.bits_per_byte}
+        if self.compressed is not None:
+            values["eval/loss_compressed"] = self.compressed.loss
+            values["eval/bits_per_byte_compressed"] = self.compressed.bits_per_byte
         return values | {f"eval/bits_per_byte/{name}": value for name, value in self.by_domain.items()}
 
 

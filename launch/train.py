@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -188,19 +188,14 @@ class Trainer:
             return None
         self.engine.set_compression(1.0)
         result = evaluate(self.engine, self.data, self.micro_rows[0])
-        if record:
-            self.sinks.write("eval", self.engine.step, result.metrics() | self.evaluate_compressed())
-        return result
-
-    def evaluate_compressed(self) -> dict[str, float]:
-        """Metrics of evaluation with compression, if `model.moe.compress.in_eval` asks for it; leaves the engine exact."""
         moe = self.config.model.moe
-        if moe is None or moe.compress.method == "none" or not moe.compress.in_eval:
-            return {}
-        self.engine.set_compression(moe.compress.rate)
-        result = evaluate(self.engine, self.data, self.micro_rows[0])
-        self.engine.set_compression(1.0)
-        return {"eval/loss_compressed": result.loss, "eval/bits_per_byte_compressed": result.bits_per_byte}
+        if moe is not None and moe.compress.method != "none" and moe.compress.in_eval:
+            self.engine.set_compression(moe.compress.rate)
+            result = replace(result, compressed=evaluate(self.engine, self.data, self.micro_rows[0]))
+            self.engine.set_compression(1.0)
+        if record:
+            self.sinks.write("eval", self.engine.step, result.metrics())
+        return result
 
 
 def peak_bf16_flops(device_name: str) -> float | None:

@@ -139,6 +139,31 @@ def test_recompute_changes_no_bit_of_the_losses(tmp_path: Path) -> None:
     assert len(losses(tmp_path / "none")) == 5
 
 
+def test_compression_follows_its_schedule_and_evaluation_is_exact_first(tmp_path: Path) -> None:
+    compress = {"method": "lsh", "rate": 0.5, "warmup": 0.25, "anneal": 0.25, "in_eval": True, "error_tokens": 8, "hash_width": 4}
+    two_levels = {"parallel__ep": 2, "parallel__ranks_per_node": 1, "parallel__pieces": 2}
+    config = make_config(
+        tmp_path,
+        train__steps=8,
+        train__eval_every=4,
+        model__moe__dispatcher="hierarchical",
+        **two_levels,
+        **{f"model__moe__compress__{name}": value for name, value in compress.items()},
+    )
+    assert pretrain_ranks(2, config) == [0, 0]
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps, rates = metrics.column("moe/compress_rate")
+    assert (steps, rates) == (list(range(1, 9)), [1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.75, 1.0])
+    sent = dict(zip(*metrics.column("moe/rows_sent_frac"), strict=True))
+    assert all((sent[step] == 1) == (rate == 1) for step, rate in zip(steps, rates, strict=True))
+    assert all(sent[step] <= rate + 0.02 for step, rate in zip(steps, rates, strict=True))
+    errors = dict(zip(*metrics.column("moe/compress_error"), strict=True))
+    assert {step for step, error in errors.items() if error > 0} == {step for step in steps if sent[step] < 1}
+    exact, compressed = (dict(zip(*metrics.column(key), strict=True)) for key in ("eval/loss", "eval/loss_compressed"))
+    assert list(exact) == list(compressed) == [4, 8]
+    assert all(exact[step] != compressed[step] for step in exact)
+
+
 # --- what a run starts from -----------------------------------------------------------------------------------------------
 
 
