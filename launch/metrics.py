@@ -64,7 +64,9 @@ REGISTRY: tuple[Metric, ...] = (
     Metric("perf/checkpoint_s", "s/step", "Time that checkpoints hold up training, spread over the steps since the last line"),
     Metric("perf/log_s", "s/step", "Time that metrics hold up training, spread over the steps since the last line"),
     Metric(
-        "comm/a2a_s", "s/step", "Time that a rank waits in the all-to-all (counts, dispatch, combine; both ways); mean over ranks"
+        "comm/a2a_s",
+        "s/step",
+        "Time that a rank waits in the all-to-all (counts, dispatch, notes, combine; both ways); mean over ranks",
     ),
     Metric("comm/a2a_share", "fraction", "comm/a2a_s / time of the step from its first collective to its last"),
     Metric("comm/a2a_gib", "GiB/step", "What a rank sends to others in the all-to-all; mean over ranks"),

@@ -206,7 +206,7 @@ def summary(records: Records) -> dict[str, Any]:
     }
 
 
-ALL_TO_ALL = ("counts", "dispatch", "combine")
+ALL_TO_ALL = ("counts", "dispatch", "notes", "combine")
 """Purposes that are the all-to-all of an MoE layer."""
 
 
