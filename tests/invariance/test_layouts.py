@@ -191,7 +191,7 @@ class TestAPlantedMistakeIsFound:
         assert "gradient" not in wrong
 
     def test_norm_of_this_rank_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def local_norm(parameters: Any, mesh: Any) -> Any:
+        def local_norm(parameters: Any, mesh: Any, recorder: Any) -> Any:
             return gradients.gradient_norm(parameters[:-1], mesh)
 
         monkeypatch.setattr("moefold.parallel.engine.gradient_norm", local_norm)
