@@ -57,6 +57,7 @@ VARIANTS = MappingProxyType(
         "exact_1_20": CompressConfig(method="lsh", exact_choices=1),
         "gate_weighted_20": CompressConfig(method="lsh", gate_weighted=True),
         "anneal_20": CompressConfig(method="lsh", anneal=0.1),
+        "scheduled_20": CompressConfig(method="lsh", warmup=0.25, anneal=0.25),
     }
 )
 """Compression by name; the number is the rate in percent. lsh_20 is the default, which has no compensation."""
