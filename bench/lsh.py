@@ -1,6 +1,6 @@
 """Rows that hash alike travel as one, on a GPU: codes, buckets, centroids and restoring, against torch, at a fifth of the rows.
 
-Four units. codes: 6 hashes of 16 directions for each token. buckets: which rows share one; torch's sorts on every back end, with
+Four units. codes: 16 hashes of 8 directions for each token. buckets: which rows share one; torch's sorts on every back end, with
 the one wait for the number of buckets. centroids: the mean of each bucket's rows; backward spreads its gradient. restore: what
 the experts made of the centroids, and the tokens' own difference from them times a compensation by column, summed by token and
 weight; backward to experts' rows, centroids, tokens, weights and compensation.
@@ -32,9 +32,9 @@ from .protocol.table import Setting, Work, least_ratio, measure
 from .result import Result, Row
 
 UNITS = ("codes", "buckets", "centroids", "restore")
-HASHES, WIDTH = 6, 16
+HASHES, WIDTH = 16, 8
 RATE = 0.2
-"""Rows that travel, of all R: what LSH-MoE (arXiv 2411.08446) reaches with 6 hashes."""
+"""Rows that travel, of all R: the rate of LSH-MoE (arXiv 2411.08446)."""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def rotation_for(problem: Problem) -> Tensor:
 def buckets_for(problem: Problem) -> Buckets:
     """Of the problem's tokens and routing, RATE of the rows at most."""
     codes_TH = cross_polytope_codes(problem.x_TD, rotation_for(problem), backend="torch")
-    return bucket_rows(codes_TH, problem.indices_TK, problem.shape.E, max_rows=int(RATE * problem.shape.R))
+    return bucket_rows(codes_TH, problem.indices_TK, problem.shape.E, max_rows=int(RATE * problem.shape.R), num_codes=2 * WIDTH)
 
 
 def _code_rows(place: Mapping[str, str | float], problem: Problem, setting: Setting, left_out: LeftOut) -> list[Row]:
@@ -129,7 +129,7 @@ def _bucket_rows(place: Mapping[str, str | float], problem: Problem, setting: Se
     codes_TH, device = cross_polytope_codes(problem.x_TD, rotation_for(problem), backend="torch"), problem.device
 
     def bucketed(codes_TH: Tensor, indices_TK: Tensor) -> Named:
-        made = bucket_rows(codes_TH, indices_TK, problem.shape.E, max_rows=int(RATE * problem.shape.R))
+        made = bucket_rows(codes_TH, indices_TK, problem.shape.E, max_rows=int(RATE * problem.shape.R), num_codes=2 * WIDTH)
         return {"bucket": made.bucket_TK, "order": made.order_R, "starts": made.starts_C1, "counts": made.counts_E}
 
     exact = {name: x.to(device) for name, x in bucketed(codes_TH.cpu(), problem.indices_TK.cpu()).items()}
