@@ -51,7 +51,7 @@ def radius(width: int, k: int) -> None:
 
 def calls() -> dict[str, Callable[[], object]]:
     return {
-        "lsh codes 2048 6x16": partial(codes, 2048, 6, 16),
+        "lsh codes 2048 16x8": partial(codes, 2048, 16, 8),
         "lsh codes 2048 8x32": partial(codes, 2048, 8, 32),
         "lsh codes 768 6x64 fp32": partial(codes, 768, 6, 64, torch.float32),
         "lsh centroids 2048-8": partial(means, 2048, 8, False),
