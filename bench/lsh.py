@@ -27,7 +27,7 @@ from moefold.kernels.lsh import Backend, Buckets, bucket_rows, centroids, cross_
 from .permute import Case, moved, problems, random_rows
 from .protocol.contender import Contender, Named, Problem, by_autograd
 from .protocol.gate import admit, against, allowances, check_names, relative_error
-from .protocol.options import LeftOut, Plan, add_unit_options, backend_note, in_processes, our_backend, plan_of, setting_of
+from .protocol.options import LeftOut, Plan, add_unit_options, backend_note, our_backend, run_units
 from .protocol.table import Setting, Work, least_ratio, measure
 from .result import Result, Row
 
@@ -42,14 +42,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    plan = plan_of(options)
-    if options.processes > 1:
-        rows = in_processes("lsh", options)
-    else:
-        setting, left_out = setting_of(plan), LeftOut(options.without)
-        rows = [row for unit in options.units for row in _unit_rows(unit, plan, setting, left_out)]
-        left_out.warn()
-    return Result(rows, figures(rows))
+    return run_units("lsh", options, _unit_rows, figures)
 
 
 def figures(rows: Sequence[Row]) -> dict[str, float]:

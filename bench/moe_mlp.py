@@ -30,7 +30,7 @@ from .protocol.experts import ExactJudge, plain_results
 from .protocol.formulas import layer_flops, saved_scatter_bytes
 from .protocol.gate import Checked, admit, allowances, check_expert_order, free, renumbered
 from .protocol.limits import cublas_bound
-from .protocol.options import LeftOut, Plan, add_unit_options, backend_note, in_processes, our_backend, plan_of, setting_of
+from .protocol.options import LeftOut, Plan, add_unit_options, backend_note, our_backend, run_units
 from .protocol.shapes import Pass, expert_parallel_view, rows_max_over_mean
 from .protocol.table import Setting, Work, figure, least_ratio, measure
 from .result import Cell, Result, Row
@@ -46,14 +46,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    plan = plan_of(options)
-    if options.processes > 1:
-        rows = in_processes("moe_mlp", options)
-    else:
-        setting, left_out = setting_of(plan), LeftOut(options.without)
-        rows = [row for unit in options.units for row in _unit_rows(unit, plan, setting, left_out)]
-        left_out.warn()
-    return Result(rows, figures(rows))
+    return run_units("moe_mlp", options, _unit_rows, figures)
 
 
 def figures(rows: Sequence[Row]) -> dict[str, float]:

@@ -28,7 +28,7 @@ from .peers import permute_peers, regroup_peers, unpermute_peers
 from .protocol.contender import Contender, Kind, Problem, by_autograd, make_problem
 from .protocol.formulas import combine_bytes, permute_bytes
 from .protocol.gate import admit, against, allowances, free, results_of
-from .protocol.options import LeftOut, Plan, add_unit_options, backend_note, in_processes, our_backend, plan_of, setting_of
+from .protocol.options import LeftOut, Plan, add_unit_options, backend_note, our_backend, run_units
 from .protocol.shapes import Pass, Shape, rows_max_over_mean
 from .protocol.table import Setting, Work, measure
 from .result import Result, Row
@@ -42,14 +42,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    plan = plan_of(options)
-    if options.processes > 1:
-        rows = in_processes("permute", options)
-    else:
-        setting, left_out = setting_of(plan), LeftOut(options.without)
-        rows = [row for unit in options.units for row in _unit_rows(unit, plan, setting, left_out)]
-        left_out.warn()
-    return Result(rows, figures(rows))
+    return run_units("permute", options, _unit_rows, figures)
 
 
 def figures(rows: Sequence[Row]) -> dict[str, float]:

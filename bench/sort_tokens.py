@@ -23,7 +23,7 @@ from .peers import sort_peers
 from .permute import problems
 from .protocol.contender import Contender, Kind, Named, Problem
 from .protocol.gate import admit, allowances, relative_error, results_of
-from .protocol.options import LeftOut, Plan, add_unit_options, backend_note, in_processes, our_backend, plan_of, setting_of
+from .protocol.options import LeftOut, Plan, add_unit_options, backend_note, our_backend, run_units
 from .protocol.shapes import PASSES
 from .protocol.table import Setting, Work, least_ratio, measure
 from .result import Result, Row
@@ -37,14 +37,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    plan = plan_of(options)
-    if options.processes > 1:
-        rows = in_processes("sort_tokens", options)
-    else:
-        setting, left_out = setting_of(plan), LeftOut(options.without)
-        rows = [row for unit in options.units for row in _unit_rows(unit, plan, setting, left_out)]
-        left_out.warn()
-    return Result(rows, figures(rows))
+    return run_units("sort_tokens", options, _unit_rows, figures)
 
 
 def figures(rows: Sequence[Row]) -> dict[str, float]:

@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from ..kernels.backend import Backend
 from ..kernels.moe_mlp import moe_mlp
-from .collectives import all_reduce, exchange_rows, reduce_scatter_dim
+from .collectives import all_reduce, reduce_scatter_dim
 from .mesh import Mesh
-from .transfer import Transfer
+from .transfer import Transfer, exchange_rows
 
 Times = Sequence[tuple[float, Sequence[float]]]
 """(size, seconds of each repetition) of every size that was measured."""

@@ -36,7 +36,7 @@ class Exchange:
         group: dist.ProcessGroup,
         probe: Probe | None,
         rows_E: Tensor | None,
-        direction: Direction,
+        direction: Direction | None,
         wire: Wire | None = None,
     ):
         rows_RD = x_RD[: sum(send)]
@@ -92,6 +92,18 @@ class Exchange:
             self.out = self.wire.unpack(self.arriving, self.out.shape[1], self.out.dtype)
         self.works, self.rows, self.arriving = [], self.out, self.out
         return self.out
+
+
+def exchange_rows(
+    x_RD: Tensor,
+    send: Sequence[int],
+    receive: Sequence[int],
+    group: dist.ProcessGroup,
+    probe: Probe | None = None,
+    direction: Direction | None = None,
+) -> Tensor:
+    """An `Exchange` that is waited for at once: what arrives, in rank order. Not differentiable; `Transfer` is."""
+    return Exchange(x_RD, send, receive, group, probe, None, direction).wait()
 
 
 class Transfer:

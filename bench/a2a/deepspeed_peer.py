@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moefold.moe.model import Model
-from moefold.parallel.collectives import all_reduce, exchange_rows
+from moefold.parallel.collectives import all_reduce
 from moefold.parallel.engine import Engine, MicroBatch
 from moefold.parallel.recorder import CommRecorder, Probe
+from moefold.parallel.transfer import exchange_rows
 
 from ..moe_layer import Expert, Shape
 from .case import Case, Variant

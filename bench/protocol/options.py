@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -16,7 +16,7 @@ import torch
 
 from moefold.kernels.triton_support import interpreting
 
-from ..result import Row
+from ..result import Result, Row
 from .contender import Contender
 from .limits import measure_limits
 from .shapes import ROUTINGS, SHAPES, SMALL, SWEEP_T, TINY, Routing, Shape, shape_named, sweep
@@ -88,6 +88,23 @@ def plan_of(options: argparse.Namespace) -> Plan:
         shapes, tuple(options.routings), dict(zip(DTYPES, _TORCH_DTYPES, strict=True))[dtype], torch.device(device), budget,
         options.smoke,
     )  # fmt: skip
+
+
+def run_units(
+    bench: str,
+    options: argparse.Namespace,
+    unit_rows: Callable[[str, Plan, Setting, LeftOut], Sequence[Row]],
+    figures: Callable[[Sequence[Row]], Mapping[str, float]],
+) -> Result:
+    """Measure every unit of a benchmark, here or in fresh processes, and form its figures."""
+    plan = plan_of(options)
+    if options.processes > 1:
+        rows = in_processes(bench, options)
+    else:
+        setting, left_out = setting_of(plan), LeftOut(options.without)
+        rows = [row for unit in options.units for row in unit_rows(unit, plan, setting, left_out)]
+        left_out.warn()
+    return Result(rows, figures(rows))
 
 
 class LeftOut:

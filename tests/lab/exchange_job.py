@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefold.parallel.collectives import ExchangeRows, exchange_rows
+from moefold.parallel.transfer import Transfer, exchange_rows
 
 WIDTH = 256
 
@@ -33,7 +33,8 @@ def check_both_ways(rank: int, world: int) -> None:
     send = [rows_between(rank, target) for target in range(world)]
     receive = [rows_between(source, rank) for source in range(world)]
     x_RD = torch.cat([content(rank, target) for target in range(world)]).requires_grad_()
-    y_XD = ExchangeRows.apply(x_RD, send, receive, dist.group.WORLD)
+    transfer = Transfer(send, receive, dist.group.WORLD)
+    y_XD = transfer.finish(transfer.start(x_RD))
     want_XD = torch.cat([content(source, rank) for source in range(world)])
     assert torch.equal(y_XD, want_XD), "rows that have arrived are not those that were sent"
     y_XD.backward(-2 * want_XD)

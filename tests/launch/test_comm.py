@@ -19,8 +19,9 @@ from moefold.launch.metrics import make_record
 from moefold.launch.report import report
 from moefold.launch.rundir import RunDir
 from moefold.launch.settings import RunSection
-from moefold.parallel.collectives import ExchangeRows, all_reduce
+from moefold.parallel.collectives import all_reduce
 from moefold.parallel.recorder import CommRecorder
+from moefold.parallel.transfer import Transfer
 
 ROWS = 10
 SLOW_S = 0.03
@@ -38,7 +39,8 @@ def log_steps(rank: int, world: int, path: Path, steps: int) -> list[dict[str, f
     for step in range(steps):
         recorder.start_step(step)
         x_RD = torch.ones(ROWS * world, 4)
-        ExchangeRows.apply(x_RD, [ROWS] * world, [ROWS] * world, group, dispatch, torch.tensor([ROWS] * world))
+        transfer = Transfer([ROWS] * world, [ROWS] * world, group, dispatch, torch.tensor([ROWS] * world))
+        transfer.finish(transfer.start(x_RD))
         time.sleep(SLOW_S if rank == 1 else 0.001)
         all_reduce(torch.ones(1), group, norm)
         metrics.append(log.sample(step))

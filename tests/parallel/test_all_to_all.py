@@ -16,9 +16,9 @@ from torch import Tensor
 from helpers import GlooPool, RankError, run_threads
 from moefold.moe.dispatch import DispatchPlan, Experts, make_plan
 from moefold.parallel.all_to_all import AllToAllDispatcher, by_expert
-from moefold.parallel.collectives import exchange_rows
 from moefold.parallel.mesh import build_mesh
 from moefold.parallel.topology import Topology
+from moefold.parallel.transfer import exchange_rows
 
 TOPOLOGIES = ((2, 2, 1), (2, 1, 2), (4, 4, 1), (4, 2, 1), (4, 2, 2), (4, 1, 2), (4, 1, 4), (8, 4, 2))
 """(world, ep, etp)"""

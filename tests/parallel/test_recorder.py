@@ -24,6 +24,7 @@ from moefold.parallel.recorder_clock import CudaClock, HostClock, clock_offsets
 from moefold.parallel.recorder_fsdp import record_sharding
 from moefold.parallel.recorder_verdict import verdicts
 from moefold.parallel.topology import Topology
+from moefold.parallel.transfer import Transfer, exchange_rows
 
 CPU = torch.device("cpu")
 
@@ -82,10 +83,11 @@ def exchanges(rank: int, world: int) -> tuple[list[CommRecord], list[CommRecord]
     x_RD = torch.randn(sum(ROWS[rank]) + 1, 4, requires_grad=True)
     receive = [ROWS[source][rank] for source in range(world)]
     counts_E = torch.tensor([rank, 10])
-    out_XD = collectives.ExchangeRows.apply(x_RD, ROWS[rank], receive, group, probe, counts_E)
+    recorded = Transfer(ROWS[rank], receive, group, probe, counts_E)
+    out_XD = recorded.finish(recorded.start(x_RD))
     out_XD.sum().backward()
     collectives.exchange_blocks(torch.zeros(world, 2, dtype=torch.int64), group, probe)
-    without_XD = collectives.ExchangeRows.apply(x_RD, ROWS[rank], receive, group)
+    without_XD = exchange_rows(x_RD.detach(), ROWS[rank], receive, group)
     return recorder.records(), recorder.take() + recorder.take(), torch.equal(out_XD, without_XD)
 
 
