@@ -20,7 +20,7 @@ from moefold.launch.config import Loaded, check_world
 from moefold.launch.local_ranks import run_local_ranks
 from moefold.launch.settings import RunConfig
 from moefold.parallel.engine import Engine, MicroBatch
-from moefold.parallel.mesh import build_mesh
+from moefold.parallel.mesh import build_mesh, nodes_for
 from moefold.parallel.recorder import CommRecorder
 
 from .result import Result, Row
@@ -52,7 +52,8 @@ def on_rank(rank: int, world: int, steps: int) -> tuple[dict[str, list[float]], 
     """(seconds of each step without and with recorder, spans per step, seconds per span) of this rank."""
     layout = {"parallel.dp": world, "parallel.hsdp": world, "parallel.ep": 2}
     config = RunConfig.load("quickstart", overrides=layout)
-    mesh = build_mesh(check_world(Loaded(config, {}), world), CPU)
+    nodes = nodes_for(config.model, config.parallel.ranks_per_node)
+    mesh = build_mesh(check_world(Loaded(config, {}), world), CPU, nodes=nodes)
     recorder = CommRecorder(rank, CPU)
     engines = {"off": Engine(config.model, mesh), "on": Engine(config.model, mesh, recorder=recorder)}
     tokens = torch.randint(0, config.model.vocab_size, (config.train.global_batch // world, config.data.seq_len + 1))

@@ -27,7 +27,7 @@ from moefold.launch.pretrain import build_engine
 from moefold.launch.process import Crew, StopRequest
 from moefold.launch.settings import RunConfig
 from moefold.launch.train import Times, Trainer
-from moefold.parallel.mesh import build_mesh
+from moefold.parallel.mesh import build_mesh, nodes_for
 
 from .result import Result, Row
 
@@ -94,7 +94,8 @@ def build_trainer(config: RunConfig, rank: int, world: int, folder: Path) -> Tra
         is_writer=rank == 0,
         share=crew.share,
     )
-    mesh = build_mesh(check_world(Loaded(config, {}), world), torch.device("cpu"))
+    nodes = nodes_for(config.model, config.parallel.ranks_per_node)
+    mesh = build_mesh(check_world(Loaded(config, {}), world), torch.device("cpu"), nodes=nodes)
     engine = build_engine(config, mesh, len(data.domains))
     checkpointer = Checkpointer(folder / "checkpoints", keep=1, background=False)
     total = config.train.total_steps(config.data.seq_len)

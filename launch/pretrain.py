@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from ..moe.config import CompressConfig
 from ..moe.errors import CheckpointError, DataError, MoefoldError, NumericsError, Problem, TopologyError
 from ..parallel.apply import compute_dtype
 from ..parallel.engine import Engine, OptimizerSettings
-from ..parallel.mesh import Mesh, build_mesh, find_nodes
+from ..parallel.mesh import Mesh, build_mesh, nodes_for
 from ..parallel.recorder import CommRecorder
 from ..parallel.topology import Topology
 from .checkpoint import Checkpointer
@@ -37,12 +38,15 @@ from .rundir import RunDir, state_of, write_atomic
 from .settings import DataConfig, RunConfig
 from .train import Trainer
 
+COMPRESS_MAY_CHANGE = tuple(f.name for f in dataclasses.fields(CompressConfig) if f.name not in ("method", "compensation"))
+"""What may be compressed otherwise; these two decide which weights there are."""
 MAY_CHANGE = (
     "model.moe.balance.",
     "model.moe.capacity_factor:",
     "model.moe.drop_policy:",
     "model.moe.dispatcher:",
     "model.moe.kernels:",
+    *(f"model.moe.compress.{name}:" for name in COMPRESS_MAY_CHANGE),
     "model.init_std:",
     "model.max_seq_len:",
 )
@@ -195,8 +199,7 @@ def _train(
         share=crew.share,
         progress=say,
     )
-    in_two_levels = config.model.moe is not None and config.model.moe.dispatcher == "hierarchical"
-    nodes = find_nodes(config.parallel.ranks_per_node) if in_two_levels else None
+    nodes = nodes_for(config.model, config.parallel.ranks_per_node)
     mesh = build_mesh(topology, device, config.parallel.timeout_s, nodes)
     recorder = CommRecorder(crew.rank, device) if config.log.comm and crew.world > 1 else None
     engine = build_engine(config, mesh, len(data.domains), recorder, planned_pieces(config, mesh))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..moe.config import ModelConfig
 from ..moe.errors import TopologyError
 from .nodes import NodeMap, TwoLevels, two_levels
 from .topology import Coordinates, Topology
@@ -72,6 +73,13 @@ def find_nodes(ranks_per_node: int | None = None) -> NodeMap:
     names = [""] * world
     dist.all_gather_object(names, socket.gethostname())
     return NodeMap.by_name(names)
+
+
+def nodes_for(model: ModelConfig, ranks_per_node: int | None = None) -> NodeMap | None:
+    """`find_nodes` where the model's dispatcher sends in two levels, else None: what `build_mesh` takes. Collective."""
+    if model.moe is None or model.moe.dispatcher != "hierarchical":
+        return None
+    return find_nodes(ranks_per_node)
 
 
 def build_mesh(topology: Topology, device: torch.device, timeout_s: float = 600.0, nodes: NodeMap | None = None) -> Mesh:

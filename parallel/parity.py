@@ -22,7 +22,7 @@ from ..moe.load import Aux
 from ..moe.model import Model
 from .apply import moe_layers
 from .engine import Engine, MicroBatch, OptimizerSettings
-from .mesh import build_mesh, find_nodes
+from .mesh import build_mesh, nodes_for
 from .sharding import ShardedParameter
 from .topology import Topology
 
@@ -264,8 +264,7 @@ class RecordingEngine(Engine):
 
 def build_engine(case: ParityCase, layout: dict[str, int], device: torch.device | None = None) -> RecordingEngine:
     """The case's model on this rank of the default process group, before its first step. Collective."""
-    in_two_levels = case.model.moe is not None and case.model.moe.dispatcher == "hierarchical"
-    nodes = find_nodes(case.ranks_per_node) if in_two_levels else None
+    nodes = nodes_for(case.model, case.ranks_per_node)
     mesh = build_mesh(Topology(dist.get_world_size(), **layout), device or torch.device("cpu"), nodes=nodes)
     how = {"precision": case.precision, "recompute": case.recompute, "pieces": case.pieces}
     engine = RecordingEngine(case.model, mesh, seed=case.seed, optimizer=case.optimizer, **how)

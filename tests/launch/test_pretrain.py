@@ -162,6 +162,18 @@ def test_compression_follows_its_schedule_and_evaluation_is_exact_first(tmp_path
     exact, compressed = (dict(zip(*metrics.column(key), strict=True)) for key in ("eval/loss", "eval/loss_compressed"))
     assert list(exact) == list(compressed) == [4, 8]
     assert all(exact[step] != compressed[step] for step in exact)
+    # a run may go on with another rate
+    settings = {**compress, "rate": 0.25, "anneal": 0.0}
+    goes_on = make_config(
+        tmp_path,
+        train__steps=9,
+        model__moe__dispatcher="hierarchical",
+        **two_levels,
+        **{f"model__moe__compress__{name}": value for name, value in settings.items()},
+    )
+    assert pretrain_ranks(2, goes_on) == [0, 0]
+    rates = dict(zip(*read_metrics(tmp_path / "run" / "metrics.jsonl").column("moe/compress_rate"), strict=True))
+    assert list(rates)[-1] == 9 and rates[9] == 0.25
 
 
 # --- what a run starts from -----------------------------------------------------------------------------------------------
