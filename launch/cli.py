@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from ..moe.errors import ConfigError, MoefoldError, Problem
-from .verbs import VERBS, Flags, Verb
+from .verb import Flags, Verb
+from .verbs import VERBS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"moefold {__version__}")
         return 0
+    family = [verb for verb in VERBS if verb.startswith(f"{name} ")]
+    if family and (not rest or rest[0] in ("-h", "--help")):
+        print(_overview(name), file=sys.stdout if rest else sys.stderr)
+        return 0 if rest else 2
+    if family:
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"verbs: {', '.join(VERBS)}"
@@ -139,12 +146,19 @@ def _option_hint(parser: argparse.ArgumentParser, word: str) -> str:
     return f"did you mean {' or '.join([*near, *paths])}?" if near or paths else f"see {parser.prog} --help"
 
 
-def _overview() -> str:
-    width = max(map(len, VERBS))
-    lines = ["moefold: distributed Mixture-of-Experts training", "", "examples:"]
-    lines += [f"  {VERBS[name].examples[0]}" for name in ("config", "pretrain")]
-    lines += ["", "verbs:", *(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items())]
-    return "\n".join([*lines, "", "moefold VERB --help says more; all settings: moefold config show"])
+def _overview(family: str = "") -> str:
+    """All verbs, or those that begin with one word."""
+    verbs = {name: verb for name, verb in VERBS.items() if not family or name.startswith(f"{family} ")}
+    shown = list(verbs) if family else ["config", "pretrain"]
+    width = max(map(len, verbs))
+    lines = [
+        f"moefold {family}".rstrip() + ": " + ("verbs of two words" if family else "distributed Mixture-of-Experts training")
+    ]
+    lines += ["", "examples:", *(f"  {verbs[name].examples[0]}" for name in shown)]
+    lines += ["", "verbs:", *(f"  {name:{width}}  {verb.summary}" for name, verb in verbs.items())]
+    return "\n".join(
+        [*lines, "", f"moefold {family or 'VERB'}{' WORD' * bool(family)} --help says more; all settings: moefold config show"]
+    )
 
 
 if __name__ == "__main__":

@@ -3,48 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from ..moe.errors import ConfigError, MoefoldError
-
-Flags = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One word after `moefold`."""
-
-    summary: str
-    examples: tuple[str, ...]
-    common: tuple[tuple[str, str], ...]
-    """Settings that are used most with this verb, and what they do."""
-    options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace, Flags], int]
-    settings: bool = True
-    """Whether the verb takes dotted settings."""
-
-
-def _files(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
-    parser.add_argument(
-        "files", nargs=nargs, metavar="FILE", help="TOML files, merged left to right; or a shipped name: quickstart"
-    )
-
-
-def _json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+from .verb import Flags, Verb, add_files, add_json, print_json
 
 
 def _pretrain_options(parser: argparse.ArgumentParser) -> None:
-    _files(parser)
+    add_files(parser)
     parser.add_argument("--resume", metavar="WHAT", help="auto, must, never, or a checkpoint; the same as --checkpoint.resume")
 
 
@@ -77,11 +46,11 @@ def _pretrain(options: argparse.Namespace, flags: Flags) -> int:
 
 
 def _parity_options(parser: argparse.ArgumentParser) -> None:
-    _files(parser)
+    add_files(parser)
     parser.add_argument(
         "--world", type=int, default=4, metavar="N", help="ranks to compare with one process (default: %(default)s)"
     )
-    _json(parser)
+    add_json(parser)
 
 
 def _parity(options: argparse.Namespace, flags: Flags) -> int:
@@ -93,17 +62,17 @@ def _parity(options: argparse.Namespace, flags: Flags) -> int:
 
     result = parity(loaded.config, options.world)
     if options.json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         print(result.render())
     return result.exit_code
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    _files(parser)
+    add_files(parser)
     parser.add_argument("--out", metavar="FILE", help="write the plan as JSON")
     parser.add_argument("--measure-s", type=float, default=3.0, metavar="S", help="seconds to measure for (default: %(default)s)")
-    _json(parser)
+    add_json(parser)
 
 
 def _plan(options: argparse.Namespace, flags: Flags) -> int:
@@ -114,14 +83,14 @@ def _plan(options: argparse.Namespace, flags: Flags) -> int:
 
     result = plan(loaded.config, measure_s=options.measure_s, out=options.out)
     if result.rank == 0 and options.json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     elif result.rank == 0:
         print(result.render())
     return result.exit_code
 
 
 def _launch_options(parser: argparse.ArgumentParser) -> None:
-    _files(parser)
+    add_files(parser)
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="number of nodes")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="workers per node (default: %(default)s)")
     parser.add_argument("--slurm", action="store_true", help="write an sbatch file and submit it")
@@ -130,7 +99,7 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", help="Slurm partition")
     parser.add_argument("--account", help="Slurm account")
     parser.add_argument("--rdzv-host", metavar="HOST[:PORT]", help="first node, where the others meet it (without --slurm)")
-    _json(parser)
+    add_json(parser)
 
 
 def _launch(options: argparse.Namespace, flags: Flags) -> int:
@@ -140,7 +109,7 @@ def _launch(options: argparse.Namespace, flags: Flags) -> int:
     job = Job(**{name: getattr(options, name) for name in names})
     done = launch(*options.files, job=job, dry_run=options.dry_run, flags=flags)
     if options.json:
-        _print_json(done.to_dict())
+        print_json(done.to_dict())
     else:
         print(done.render())
     return 0
@@ -160,9 +129,9 @@ def _report(options: argparse.Namespace, flags: Flags) -> int:
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["show", "check"], help="show every value and its origin, or validate")
-    _files(parser, "*")
+    add_files(parser, "*")
     parser.add_argument("--world", type=int, metavar="N", help="check: also lay the run out on N ranks")
-    _json(parser)
+    add_json(parser)
 
 
 def _config(options: argparse.Namespace, flags: Flags) -> int:
@@ -174,14 +143,14 @@ def _config(options: argparse.Namespace, flags: Flags) -> int:
 
     if not options.files and not flags:
         if options.json:
-            _print_json([vars(setting) for setting in settings()])
+            print_json([vars(setting) for setting in settings()])
         else:
             print("\n".join(f"{s.path} = {s.default}  # {s.type}{f'. {s.doc}' if s.doc else ''}" for s in settings()))
         return 0
     loaded = load(*options.files, flags=flags)
     if options.json:
         values = flatten(loaded.config).items()
-        _print_json({path: {"value": value, "origin": loaded.origins[path]} for path, value in values})
+        print_json({path: {"value": value, "origin": loaded.origins[path]} for path, value in values})
     else:
         print(show(loaded))
     return 0
@@ -196,7 +165,7 @@ def _config_check(options: argparse.Namespace, flags: Flags) -> int:
     except ConfigError as error:
         if not options.json:
             raise
-        _print_json({"ok": False, "problems": [vars(problem) for problem in error.problems]})
+        print_json({"ok": False, "problems": [vars(problem) for problem in error.problems]})
         return error.exit_code
     config = loaded.config
     facts: dict[str, Any] = {
@@ -206,7 +175,7 @@ def _config_check(options: argparse.Namespace, flags: Flags) -> int:
         "steps": config.train.total_steps(config.data.seq_len),
     }
     if options.json:
-        _print_json({"ok": True, "problems": [], **facts, "topology": topology.to_dict() if topology else None})
+        print_json({"ok": True, "problems": [], **facts, "topology": topology.to_dict() if topology else None})
         return 0
     print(f"ok: {', '.join(options.files) or 'settings'}")
     print(f"  parameters  {facts['params']:,}, of which a token uses {facts['active_params']:,}")

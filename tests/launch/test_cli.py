@@ -17,7 +17,7 @@ from moefold.launch.cli import VERBS, main, split_settings
 from moefold.launch.config import dump, load
 from moefold.moe.errors import CommError, DataError, NumericsError, PreemptedError
 
-HELP = [["--help"], *([verb, "--help"] for verb in VERBS)]
+HELP = [["--help"], *([*verb.split(), "--help"] for verb in VERBS)]
 
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:
@@ -68,7 +68,7 @@ def test_help_is_fast_and_imports_nothing_heavy(args):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_begins_with_two_examples(verb, capsys):
-    assert main([verb, "--help"]) == 0
+    assert main([*verb.split(), "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"moefold {verb}: ") and lines[2] == "examples:"
     assert all(verb in line for line in lines[3:5])
