@@ -6,8 +6,6 @@ INSTALLED := .venv/.installed
 REPORTS := find runs -name report.html -newer .venv/.quickstart 2>/dev/null
 
 .DEFAULT_GOAL := help
-# Tests that mostly compute run in two processes; those of starts, stops, links and times have the machine to themselves.
-COMPUTING := $(addprefix tests/,aot bench invariance kernels moe parallel structure)
 
 .PHONY: help venv quickstart test typing bench clean
 
@@ -41,8 +39,8 @@ test: venv typing ## lint, types and all tests that this machine can run
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/interpreter $(ARGS)
-	$(BIN)/pytest -n 2 --dist worksteal $(COMPUTING) $(ARGS)
-	$(BIN)/pytest --ignore=tests/interpreter $(addprefix --ignore=,$(COMPUTING)) $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not alone' --ignore=tests/interpreter $(ARGS)
+	$(BIN)/pytest -m alone --ignore=tests/interpreter $(ARGS)
 
 # mypy cannot follow an editable install whose package is the repository root: show it the package as a folder of links.
 typing:

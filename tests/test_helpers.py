@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from helpers import GlooPool, RankError, run_ranks, run_threads
 
+pytestmark = pytest.mark.alone
+
 Run = Callable[..., list[Any]]
 
 

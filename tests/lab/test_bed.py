@@ -19,6 +19,8 @@ import pytest
 from lab.bed import FOLDER, WAYS, Lab, LabError, LabUnavailable, Process, available
 from sources import ROOT
 
+pytestmark = pytest.mark.alone
+
 TCP_SHARE = 0.956
 """Of a link's rate: 1448 bytes of 1514 are payload."""
 NAMESPACES = ("net", "pid", "mnt", "user")

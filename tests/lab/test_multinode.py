@@ -12,6 +12,8 @@ import pytest
 
 from lab.bed import Ended, Job, Lab
 
+pytestmark = pytest.mark.alone
+
 FOLDER = Path(__file__).parent
 RATE_BYTES_PER_S = 200e6 / 8
 STEP_BYTES = 1 << 18

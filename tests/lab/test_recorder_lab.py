@@ -15,6 +15,8 @@ import pytest
 from lab.bed import Lab
 from lab.processes import Job
 
+pytestmark = pytest.mark.alone
+
 FOLDER = Path(__file__).parent
 HOSTS = 4
 STEPS = 6

@@ -29,7 +29,7 @@ from jobs import (
 from moefold.launch.rundir import RunDir
 from moefold.parallel.engine import Engine
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.alone]
 
 # --- a rank fails -----------------------------------------------------------------------------------------------------
 

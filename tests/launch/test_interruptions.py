@@ -31,7 +31,7 @@ from jobs import (
 from moefold.launch.rundir import RunDir
 from moefold.parallel.engine import Engine
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.alone]
 
 STEPS = 12
 

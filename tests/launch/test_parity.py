@@ -18,7 +18,7 @@ from moefold.moe.errors import CommError, ConfigError, TopologyError
 from moefold.moe.presets import PRESETS
 from moefold.parallel.topology import Topology, check_model
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.alone]
 
 
 def quickstart(**overrides: Any) -> RunConfig:

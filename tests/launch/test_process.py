@@ -34,6 +34,8 @@ from moefold.launch.rundir import RunDir
 from moefold.launch.settings import RunSection
 from moefold.moe.errors import CheckpointError, CommError, ConfigError, DataError, NumericsError
 
+pytestmark = pytest.mark.alone
+
 CPU = torch.device("cpu")
 CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:31337")
 LATE = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 3000ms for recv operation to complete")

@@ -29,7 +29,7 @@ from moefold.launch.process import Rank
 from moefold.launch.rundir import RunDir
 from moefold.moe.errors import TopologyError
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")
