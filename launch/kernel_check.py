@@ -7,7 +7,7 @@ import torch
 from ..kernels.backend import rule
 from ..kernels.moe_mlp import choose_backend
 from ..kernels.self_check import check_kernels
-from ..moe.config import MoEConfig
+from ..moe.config import Activation, MoEConfig
 from ..moe.errors import ConfigError, NumericsError, Problem
 
 
@@ -22,13 +22,13 @@ def check_backend(moe: MoEConfig, device: torch.device) -> None:
         raise ConfigError([Problem("model.moe.kernels", what)])
 
 
-def describe_kernels(moe: MoEConfig, device: torch.device, dtype: torch.dtype) -> str:
+def describe_kernels(moe: MoEConfig, device: torch.device, dtype: torch.dtype, activation: Activation = "silu") -> str:
     """One line for the first screen: back ends, and why. Runs every kernel that is not torch's on a small problem first.
 
     Raises:
         NumericsError: a kernel's results differ from torch's; names op, result and error.
     """
-    experts = choose_backend(torch.empty(0, dtype=dtype, device=device), moe.kernels)
+    experts = choose_backend(torch.empty(0, dtype=dtype, device=device), moe.kernels, activation)
     rows = rule(device, torch.float32, products=False) if moe.kernels == "auto" else None
     name, why = (moe.kernels, "as configured") if rows is None else (rows.backend, rows.why)
     text = f"kernels: experts on '{experts}' in {dtype}, routing and rows on '{name}' ({why})"

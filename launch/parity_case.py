@@ -1,7 +1,7 @@
 """A user's configuration made small enough for processes on this machine, with every feature that could break parity kept.
 
 Sizes shrink (width, depth, experts, vocabulary, sequence); degrees of parallelism, accumulation, score functions, groups,
-balance, capacity, norms, tied embeddings and dense layers stay. The case has no documents (`data.document_mask`).
+balance, capacity, norms, biases, windows, tied embeddings and dense layers stay. There are no documents (`data.document_mask`).
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ def small_model(model: ModelConfig, topology: Topology, seq_len: int) -> ModelCo
         num_heads=kv_heads * ratio,
         num_kv_heads=kv_heads,
         head_dim=4,
+        rope_fraction=1.0 if model.rope_fraction == 1 else 0.5,
+        sliding_window=None if model.sliding_window is None else min(model.sliding_window, 3),
         vocab_size=_at_least(32, topology.tp),
         max_seq_len=seq_len,
         dense_prefix_layers=prefix,
@@ -101,6 +103,7 @@ def small_moe(moe: MoEConfig, topology: Topology) -> MoEConfig:
         top_k=min(top_k, experts),
         expert_dim=_at_least(8, topology.etp),
         num_shared_experts=min(moe.num_shared_experts, 2),
+        shared_dim=None if moe.shared_dim is None else min(moe.shared_dim, 12),
     )
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 # projections that write into the residual stream; scaled down with depth (GPT-2, Megatron)
 OUTPUT_PROJECTIONS = ("wo_DQ", "w2_DF", "w2_EDF")
+# vectors that start at zero: biases, and what compression adds
+ZEROS = ("bq_Q", "bk_C", "bv_C", "bo_D", "scale_D")
 
 
 def _generator(seed: int, name: str, expert: int) -> torch.Generator:
@@ -29,13 +31,14 @@ def initial_value(
         experts: global indices of the experts wanted (expert parameters only); None = all.
 
     Returns:
-        Tensor of `shape`, with axis 0 reduced to `experts` if given. Vectors are ones (norm weights), that of compression zeros;
-        matrices are normal with standard deviation `std`, output projections with std / sqrt(2 * num_layers).
+        Tensor of `shape`, with axis 0 reduced to `experts` if given. Vectors are ones (norm weights), biases and that of
+        compression zeros; matrices and the gate of shared experts are normal with standard deviation `std`, output projections
+        with std / sqrt(2 * num_layers).
     """
     leaf = name.rsplit(".", 1)[-1]
-    if leaf == "scale_D":
+    if leaf in ZEROS:
         return torch.zeros(shape)
-    if len(shape) == 1:
+    if len(shape) == 1 and leaf != "gate_D":
         return torch.ones(shape)
     scale = std / math.sqrt(2 * num_layers) if leaf in OUTPUT_PROJECTIONS else std
     if ".experts." not in f".{name}":

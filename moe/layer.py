@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from .capacity import keep_within_capacity
 from .compress import LSHCodec
-from .config import MoEConfig
+from .config import Activation, MoEConfig
 from .dispatch import Dispatcher, LocalDispatcher, make_plan
-from .experts import GroupedExperts, SwiGLU
+from .experts import GroupedExperts, SharedExperts
 from .init import init_weights
 from .load import Aux, measure_load
 from .peers import NoPeers, Peers
@@ -22,18 +22,19 @@ class MoELayer(nn.Module):
     Args:
         dim: width D of the tokens.
         config: see `MoEConfig`.
+        activation: of the experts' gates, see `ModelConfig`.
         init: fill the weights (seed 0); False leaves them for a loader or `init_weights`.
 
     `dispatcher` and `peers` are where parallelism is attached from outside; alone they do nothing.
     """
 
-    def __init__(self, dim: int, config: MoEConfig, *, init: bool = True):
+    def __init__(self, dim: int, config: MoEConfig, *, activation: Activation = "silu", init: bool = True):
         super().__init__()
         self.config = config
         self.router = TopKRouter(dim, config)
-        self.experts = GroupedExperts(config.num_experts, dim, config.expert_dim, config.kernels)
-        shared_dim = config.num_shared_experts * config.expert_dim
-        self.shared_expert = SwiGLU(dim, shared_dim) if shared_dim else None
+        self.experts = GroupedExperts(config.num_experts, dim, config.expert_dim, config.kernels, activation)
+        width = config.shared_width
+        self.shared_expert = SharedExperts(dim, width, activation, config.shared_gate) if width else None
         self.codec = LSHCodec(dim, config) if config.compress.method == "lsh" else None
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.peers: Peers = NoPeers()

@@ -38,12 +38,14 @@ class OutputHead(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.dim, config.norm_eps)
         tied = embedding.weight_VD if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        self.weight_VD = tied
+        self.weight_VD, self.logits_scale = tied, config.logits_scale
         self.shard: VocabShard = WholeVocab()
 
     def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None, valid_BS: Tensor | None = None) -> Tensor:
         """Logits [B, S, V], or with labels the sum of the valid tokens' losses."""
         x_BSD = self.norm(x_BSD)
+        if self.logits_scale != 1:
+            x_BSD = x_BSD / self.logits_scale
         if labels_BS is None:
             return F.linear(x_BSD, self.weight_VD)
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
@@ -51,10 +53,11 @@ class OutputHead(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Attention and feed-forward, each added to the residual stream, with a norm before it, or after it."""
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
+        self.norm_order, self.residual_scale = config.norm_order, config.residual_scale
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
@@ -62,21 +65,34 @@ class Block(nn.Module):
         self.ffn: SwiGLU | None = None
         if config.is_moe_layer(index):
             assert config.moe is not None
-            self.moe = MoELayer(config.dim, config.moe, init=False)
+            self.moe = MoELayer(config.dim, config.moe, activation=config.activation, init=False)
         else:
             assert config.dense_ffn_dim is not None
-            self.ffn = SwiGLU(config.dim, config.dense_ffn_dim)
+            self.ffn = SwiGLU(config.dim, config.dense_ffn_dim, config.activation)
 
     def forward(self, x_BSD: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None) -> tuple[Tensor, Aux | None]:
         """x [B, S, D] -> [B, S, D] and the layer's `Aux` (None if dense)."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), document_BS)
+        y_BSD = self.attention(self._before(self.attention_norm, x_BSD), document_BS)
+        if self.attention.bo_D is not None:
+            y_BSD = y_BSD + self.attention.bo_D
+        x_BSD = x_BSD + self._after(self.attention_norm, y_BSD)
+        z_BSD = self._before(self.ffn_norm, x_BSD)
         if self.moe is None:
             assert self.ffn is not None
-            return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
+            return x_BSD + self._after(self.ffn_norm, self.ffn(z_BSD)), None
         local_valid_BS = None if valid_BS is None else self.moe.peers.shard_sequence(valid_BS)
-        y_BSD, aux = self.moe(self.ffn_norm(x_BSD), local_valid_BS)
+        y_BSD, aux = self.moe(z_BSD, local_valid_BS)
         # the routing itself is not kept beyond its layer: its sums are all that the step needs
-        return x_BSD + y_BSD, replace(aux, routing=None)
+        return x_BSD + self._after(self.ffn_norm, y_BSD), replace(aux, routing=None)
+
+    def _before(self, norm: RMSNorm, x_BSD: Tensor) -> Tensor:
+        """What attention or feed-forward sees of the residual stream."""
+        return norm(x_BSD) if self.norm_order == "pre" else x_BSD
+
+    def _after(self, norm: RMSNorm, y_BSD: Tensor) -> Tensor:
+        """What is added to the residual stream of an output."""
+        y_BSD = norm(y_BSD) if self.norm_order == "post" else y_BSD
+        return y_BSD if self.residual_scale == 1 else y_BSD * self.residual_scale
 
 
 class Model(nn.Module):
@@ -126,6 +142,8 @@ class Model(nn.Module):
             valid tokens of the global batch); and `Aux` stacked over the MoE layers, None without any.
         """
         x_BSD = self.embed(tokens_BS)
+        if self.config.embed_scale != 1:
+            x_BSD = x_BSD * self.config.embed_scale
         layers_aux: list[Aux] = []
         for block in self.blocks:
             x_BSD, aux = block(x_BSD, valid_BS, document_BS)

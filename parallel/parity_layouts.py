@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..moe.config import BalanceConfig, CompressConfig, ModelConfig, MoEConfig, RouterConfig
+from ..moe.config import BalanceConfig, CompressConfig, ModelConfig, MoEConfig, RopeScaling, RouterConfig
 from .engine import OptimizerSettings
 from .parity import ParityCase
 from .topology import Topology
@@ -182,6 +182,36 @@ VARIANTS = (
     Variant("all-valid", case=(("valid_share", 1.0),)),
 )
 
+MODELS = (
+    Variant(
+        "biased-post-norm",
+        model=(
+            ("attention_bias", "all"),
+            ("norm_order", "post"),
+            ("sliding_window", 3),
+            ("num_kv_heads", 2),
+            ("qk_norm", "full"),
+        ),
+        moe=(("shared_dim", 12), ("shared_gate", True)),
+    ),
+    Variant(
+        "scaled-gelu",
+        model=(
+            ("activation", "gelu_tanh"),
+            ("attention_bias", "qkv"),
+            ("rope_fraction", 0.5),
+            ("rope_scaling", RopeScaling(kind="llama3", factor=4.0, original_max_seq_len=16)),
+            ("attention_scale", 0.3),
+            ("embed_scale", 4.0),
+            ("residual_scale", 0.5),
+            ("logits_scale", 3.0),
+            ("tie_embeddings", True),
+        ),
+        moe=(("shared_gate", True),),
+    ),
+)
+"""Kinds of models with many settings at once, for the layouts in `model_cases`; each meets what shards its weights."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -253,3 +283,15 @@ def plan() -> tuple[Planned, ...]:
             at.update([(variant.name, layout.name), (variant.name, layout.world)])
             cases.append(Planned(layout, num_micro, variant))
     return tuple(cases)
+
+
+def model_cases() -> tuple[Planned, ...]:
+    """`MODELS` on the layouts that shard or sum what they have more than others do: heads, hidden width, experts, replicas."""
+    biased, scaled = MODELS
+    return (
+        Planned(Layout(2, tp=2), 2, biased),
+        Planned(Layout(4, tp=2, ep=2), 1, biased),
+        Planned(Layout(8, hsdp=2, tp=2, ep=2), 1, biased),
+        Planned(Layout(4, tp=4, ep=2), 1, scaled),
+        Planned(Layout(4, tp=2, etp=2), 2, scaled),
+    )

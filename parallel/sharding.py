@@ -3,10 +3,12 @@
 | parameter                       | tp / etp           | ep      | data ranks        | gradient          |
 |---------------------------------|--------------------|---------|-------------------|-------------------|
 | attention wq, wk, wv; dense w13 | output width       | -       | sharded over dp   | sum over dp       |
+| attention bq, bk, bv            | output width       | -       | sharded over dp   | sum over dp       |
 | attention wo; dense w2          | input width        | -       | sharded over dp   | sum over dp       |
 | embedding, head                 | vocabulary rows    | -       | sharded over dp   | sum over dp       |
-| norms, shared experts           | whole              | -       | sharded over dp   | sum over dp, tp   |
-| router; compensation (`codec`)  | whole              | -       | whole, never cast | sum over all      |
+| norms, shared experts, bo       | whole              | -       | sharded over dp   | sum over dp, tp   |
+| router; compensation (`codec`); | whole              | -       | whole, never cast | sum over all      |
+| gate of shared experts          |                    |         |                   |                   |
 | experts w13, w2                 | hidden width (etp) | experts | sharded over edp  | sum over edp      |
 
 Sums, never means: the loss is divided once, by the valid tokens of the global batch.
@@ -32,6 +34,9 @@ TP_DIMS = (
     ("attention.wk_CD", 0),
     ("attention.wv_CD", 0),
     ("attention.wo_DQ", 1),
+    ("attention.bq_Q", 0),
+    ("attention.bk_C", 0),
+    ("attention.bv_C", 0),
     ("ffn.w13_2FD", 1),
     ("ffn.w2_DF", 1),
     ("embed.weight_VD", 0),
@@ -40,7 +45,7 @@ TP_DIMS = (
     ("experts.w2_EDF", 2),
 )
 # held whole and uncast by every rank
-WHOLE = ("router.weight_ED", "codec.scale_D")
+WHOLE = ("router.weight_ED", "codec.scale_D", "shared_expert.gate_D")
 # dim of the model width in expert weights: sharded over edp when the local experts do not divide
 EXPERT_WIDTH_DIMS = (("experts.w13_E2FD", 3), ("experts.w2_EDF", 1))
 

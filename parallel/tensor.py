@@ -1,8 +1,9 @@
 """Tensor parallelism with sequence parallelism, attached to a model from outside.
 
 Between blocks a rank holds its share of each sequence's positions. Attention and dense feed-forward gather the positions, work on
-their share of heads or hidden width, and scatter the sum. Norms, routers and shared experts work on the local positions, so their
-weights are whole on every rank and their gradients are summed over the group. The vocabulary of embedding and head is sharded.
+their share of heads or hidden width, and scatter the sum. Norms, routers, shared experts and the output bias of attention,
+added after the sum, work on the local positions, so their weights are whole on every rank and their gradients are summed over the
+group. The vocabulary of embedding and head is sharded.
 (Megatron-LM, arXiv 1909.08053; sequence parallelism: arXiv 2205.05198.)
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Literal
 
 import torch
@@ -10,26 +12,47 @@ from torch import Tensor
 from ..backend import choose
 from ..permute import permute, unpermute
 from . import grouped_impl, reference
+from .activation import Activation, act, check_activation
 from .loop_impl import MoeMlpLoop
 
 Backend = Literal["auto", "torch", "triton", "reference", "loop", "grouped"]
 
 
-def choose_backend(x: Tensor, backend: Backend = "auto") -> str:
+def choose_backend(x: Tensor, backend: Backend = "auto", activation: Activation = "silu") -> str:
     """The implementation for rows like `x`: "auto" is Triton where `backend.rule` says so, else "torch", and "torch" is
-    "grouped" (no host synchronisation) on GPU in bf16, else "loop", which takes every dtype and is fastest on CPU.
+    "grouped" (no host synchronisation) on GPU in bf16, else "loop", which takes every dtype and is fastest on CPU. The Triton
+    products have SiLU only: with another activation "auto" is "torch", which is logged once.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or "triton" with an activation that it does not have.
     """
+    check_activation("moe_mlp", activation)
+    if activation != "silu" and backend == "triton":
+        raise ValueError(f"moe_mlp: backend 'triton' has silu only, not {activation!r}; use 'auto' or 'torch'")
+    if activation != "silu" and backend == "auto":
+        _say_torch(activation)
+        backend = "torch"
     chosen = choose("moe_mlp", backend, x, products=True, others=("reference", "loop", "grouped"))
     if chosen == "torch":
         return "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "loop"
     return chosen
 
 
-def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, backend: Backend = "auto") -> Tensor:
-    """SwiGLU of each row by its own expert: w2[e] (silu(w13[e, 0] x) * (w13[e, 1] x)).
+@functools.cache
+def _say_torch(activation: str) -> None:
+    # cached, so that it is said once
+    logging.getLogger("moefold.kernels").info("moe_mlp runs on torch (the Triton products have silu only, not %s)", activation)
+
+
+def moe_mlp(
+    x_RD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    counts_E: Tensor,
+    backend: Backend = "auto",
+    activation: Activation = "silu",
+) -> Tensor:
+    """The gated network of each row's own expert: w2[e] (act(w13[e, 0] x) * (w13[e, 1] x)).
 
     Args:
         x_RD: rows sorted by expert.
@@ -37,12 +60,13 @@ def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, ba
         w2_EDF: down projections.
         counts_E: int64, rows of each expert; may hold zeros. Rows beyond their sum give zeros and get zero gradients.
         backend: see `choose_backend`.
+        activation: act, see `activation.act`.
 
     Returns:
         y_RD, same dtype as x_RD.
 
     Raises:
-        ValueError: shapes that do not fit each other, or an unknown back end.
+        ValueError: shapes that do not fit each other, an unknown back end or activation, or one that the back end does not have.
     """
     E, two, _, D = w13_E2FD.shape
     if two != 2 or x_RD.shape[-1] != D or counts_E.shape != (E,) or w2_EDF.shape != (E, D, w13_E2FD.shape[2]):
@@ -50,14 +74,14 @@ def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, ba
             f"moe_mlp: rows {tuple(x_RD.shape)}, w13 {tuple(w13_E2FD.shape)} [E, 2, F, D], w2 {tuple(w2_EDF.shape)} "
             f"[E, D, F] and counts {tuple(counts_E.shape)} [E] do not fit each other"
         )
-    chosen = choose_backend(x_RD, backend)
+    chosen = choose_backend(x_RD, backend, activation)
     if chosen == "loop":
-        return MoeMlpLoop.apply(x_RD, w13_E2FD, w2_EDF, counts_E)
+        return MoeMlpLoop.apply(x_RD, w13_E2FD, w2_EDF, counts_E, activation)
     if chosen == "triton":
         from . import triton_impl
 
         return triton_impl.moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E)
-    return (grouped_impl if chosen == "grouped" else reference).moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E)
+    return (grouped_impl if chosen == "grouped" else reference).moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E, activation)
 
 
 def moe_layer_mlp(
@@ -71,6 +95,7 @@ def moe_layer_mlp(
     kept_TK: Tensor | None = None,
     shared_TD: Tensor | None = None,
     backend: Backend = "auto",
+    activation: Activation = "silu",
 ) -> Tensor:
     """permute, moe_mlp and unpermute in one: in Triton the rows are neither copied into expert order nor saved for backward.
 
@@ -80,22 +105,23 @@ def moe_layer_mlp(
         order_R, row_TK, counts_E, kept_TK: the plan of `sort_tokens`.
         w13_E2FD, w2_EDF: as for `moe_mlp`.
         shared_TD: added to the result (the shared experts' output, or a residual), in x's dtype.
-        backend: see `choose_backend`.
+        backend, activation: as for `moe_mlp`.
 
     Returns:
         y_TD[t] = sum over the kept k, in their order and in at least fp32, of weights_TK[t, k] * (expert's output for token t).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit each other, or an unknown back end.
+        ValueError: shapes, dtypes or devices that do not fit each other, an unknown back end or activation, or one that the back
+            end does not have.
     """
-    chosen = choose_backend(x_TD, backend)
+    chosen = choose_backend(x_TD, backend, activation)
     if chosen == "triton":
         from . import triton_impl
 
         return triton_impl.moe_layer_mlp(x_TD, weights_TK, order_R, row_TK, counts_E, w13_E2FD, w2_EDF, shared_TD)
     x_RD = permute(x_TD, order_R, row_TK, kept_TK, backend="torch")
-    y_RD = moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E, backend=chosen)  # type: ignore[arg-type]
+    y_RD = moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E, chosen, activation)  # type: ignore[arg-type]
     return unpermute(y_RD, weights_TK, order_R, row_TK, kept_TK, shared_TD, backend="torch")
 
 
-__all__ = ["Backend", "choose_backend", "moe_layer_mlp", "moe_mlp"]
+__all__ = ["Activation", "Backend", "act", "choose_backend", "moe_layer_mlp", "moe_mlp"]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activation import Activation, act
+
 
 def zero_tail(x_RN: Tensor, end: Tensor) -> Tensor:
     """A copy with zeros from row `end` (a tensor) on; row-major, because grouped_mm takes no other strides."""
@@ -28,12 +30,12 @@ class _ZeroTail(torch.autograd.Function):
         return zero_tail(grad_RN, end), None
 
 
-def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor) -> Tensor:
+def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, activation: Activation = "silu") -> Tensor:
     """As the public function, on grouped matrix products."""
     ends_E = counts_E.cumsum(0).to(torch.int32)
     x_RD = _ZeroTail.apply(x_RD, ends_E[-1])
     pre_RG = F.grouped_mm(x_RD, w13_E2FD.contiguous().flatten(1, 2).transpose(1, 2), offs=ends_E)
     pre_RG = _ZeroTail.apply(pre_RG, ends_E[-1])
     gate_RF, up_RF = pre_RG.chunk(2, dim=-1)
-    y_RD = F.grouped_mm(F.silu(gate_RF) * up_RF, w2_EDF.contiguous().transpose(1, 2), offs=ends_E)
+    y_RD = F.grouped_mm(act(gate_RF, activation) * up_RF, w2_EDF.contiguous().transpose(1, 2), offs=ends_E)
     return _ZeroTail.apply(y_RD, ends_E[-1])

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
+
+from .activation import Activation, act, act_backward
 
 
 def _segments(counts_E: Tensor) -> list[tuple[int, int, int]]:
@@ -26,7 +27,9 @@ def _segments(counts_E: Tensor) -> list[tuple[int, int, int]]:
 
 class MoeMlpLoop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, activation: Activation = "silu"
+    ) -> Tensor:
         _, _, F, D = w13_E2FD.shape
         segments = _segments(counts_E)
         y_RD = x_RD.new_empty(x_RD.shape[0], D)
@@ -35,11 +38,11 @@ class MoeMlpLoop(torch.autograd.Function):
         pre_activations = []
         for e, lo, hi in segments:
             pre_NG = torch.mm(x_RD[lo:hi], w13_E2FD[e].reshape(2 * F, D).T)
-            hidden_NF = silu(pre_NG[:, :F]).mul_(pre_NG[:, F:])
+            hidden_NF = act(pre_NG[:, :F], activation).mul_(pre_NG[:, F:])
             torch.mm(hidden_NF, w2_EDF[e].T, out=y_RD[lo:hi])
             pre_activations.append(pre_NG)
         ctx.save_for_backward(x_RD, w13_E2FD, w2_EDF, *pre_activations)
-        ctx.segments = segments
+        ctx.segments, ctx.activation = segments, activation
         return y_RD
 
     @staticmethod
@@ -56,11 +59,11 @@ class MoeMlpLoop(torch.autograd.Function):
         for (e, lo, hi), pre_NG in zip(ctx.segments, pre_activations, strict=True):
             gate_NF, up_NF = pre_NG[:, :F], pre_NG[:, F:]
             grad_hidden_NF = grad_RD[lo:hi] @ w2_EDF[e]
-            silu_NF = silu(gate_NF)
+            act_NF = act(gate_NF, ctx.activation)
             grad_pre_NG = torch.empty_like(pre_NG)
-            torch.mul(grad_hidden_NF, silu_NF, out=grad_pre_NG[:, F:])
-            torch.ops.aten.silu_backward.grad_input(grad_hidden_NF.mul_(up_NF), gate_NF, grad_input=grad_pre_NG[:, :F])
-            torch.mm(grad_RD[lo:hi].T, silu_NF.mul_(up_NF), out=grad_w2[e])
+            torch.mul(grad_hidden_NF, act_NF, out=grad_pre_NG[:, F:])
+            act_backward(grad_hidden_NF.mul_(up_NF), gate_NF, grad_pre_NG[:, :F], ctx.activation)
+            torch.mm(grad_RD[lo:hi].T, act_NF.mul_(up_NF), out=grad_w2[e])
             torch.mm(grad_pre_NG.T, x_RD[lo:hi], out=grad_w13[e].view(2 * F, D))
             torch.mm(grad_pre_NG, w13_E2FD[e].reshape(2 * F, D), out=grad_x_RD[lo:hi])
-        return grad_x_RD, grad_w13, grad_w2, None
+        return grad_x_RD, grad_w13, grad_w2, None, None

@@ -17,7 +17,17 @@ from helpers import GlooPool, run_threads
 from moefold.parallel import gradients
 from moefold.parallel.parity import ParityCase, RankTrace, RecordingEngine, Trace, make_batch, run_layout, run_reference
 from moefold.parallel.parity_compare import Difference, compare
-from moefold.parallel.parity_layouts import ACCUMULATIONS, LAYOUTS, SENDINGS, VARIANTS, Planned, Sending, plan
+from moefold.parallel.parity_layouts import (
+    ACCUMULATIONS,
+    LAYOUTS,
+    MODELS,
+    SENDINGS,
+    VARIANTS,
+    Planned,
+    Sending,
+    model_cases,
+    plan,
+)
 from moefold.parallel.sharding import Placement
 
 TOLERANCE = 1e-9
@@ -41,7 +51,7 @@ def too_far(differences: list[Difference]) -> dict[str, tuple[float, str]]:
 def named(name: str) -> Planned:
     """A combination of layout, accumulation and variant that the plan need not hold, by its test id: `4:tp2-ep2-x2-micro`."""
     layouts = {layout.name: layout for layout in LAYOUTS}
-    variants = {variant.name: variant for variant in VARIANTS}
+    variants = {variant.name: variant for variant in VARIANTS + MODELS}
     where, _, rest = name.partition("-x")
     num_micro, _, variant = rest.partition("-")
     return Planned(layouts[where], int(num_micro), variants[variant])
@@ -61,7 +71,7 @@ def show_that_it_happened(planned: Planned, reference: Trace) -> None:
             assert not step[:, 4:].any(), "the last experts got rows"
 
 
-@pytest.mark.parametrize("planned", PLAN, ids=lambda p: p.name)
+@pytest.mark.parametrize("planned", PLAN + model_cases(), ids=lambda p: p.name)
 def test_layout_gives_the_numbers_of_one_process(planned: Planned) -> None:
     reference, ranks = run(planned)
     assert too_far(compare(reference, ranks)) == {}
@@ -183,6 +193,11 @@ class TestAPlantedMistakeIsFound:
         wrong = self.wrong("4:tp2-ep2-x1-plain")
         assert "router.weight_ED" in wrong["gradient"]
         assert "router.weight_ED" in wrong["between_ranks"]
+
+    def test_output_bias_on_one_rank_of_the_sequence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = Placement.sum_group
+        monkeypatch.setattr(Placement, "sum_group", lambda p: "none" if p.name.endswith("bo_D") else original(p))
+        assert "attention.bo_D" in self.wrong("2:tp2-x1-biased-post-norm")["gradient"]
 
     def test_norm_counts_replicas(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Placement, "replicas", lambda p, mesh: 1)

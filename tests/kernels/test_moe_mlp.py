@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from moefold.kernels.moe_mlp import Backend, choose_backend, moe_layer_mlp, moe_mlp
+from moefold.kernels import moe_mlp as op
+from moefold.kernels.moe_mlp import Backend, act, choose_backend, moe_layer_mlp, moe_mlp
 from moefold.kernels.permute import permute, unpermute
 from moefold.kernels.sort_tokens import sort_tokens
 from numeric import assert_same, with_gradients
@@ -104,6 +106,39 @@ def test_the_gate_comes_first() -> None:
     w13_E2FD = torch.tensor([2.0, 3.0]).view(1, 2, 1, 1)
     y_RD = moe_mlp(torch.ones(1, 1), w13_E2FD, torch.full((1, 1, 1), 5.0), torch.tensor([1]))
     assert y_RD.item() == pytest.approx(2 / (1 + torch.exp(torch.tensor(-2.0)).item()) * 3 * 5)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "rtol"), BACKENDS)
+def test_gelu_equals_the_specification(backend: Backend, dtype: torch.dtype, rtol: float) -> None:
+    counts, wide = COUNTS["empty-experts"], torch.promote_types(dtype, torch.float32)
+    inputs = tensors(counts, dtype, extra_rows=3)
+    how = {"counts_E": torch.tensor(counts), "activation": "gelu_tanh"}
+    want = with_gradients(partial(moe_mlp, **how, backend="reference"), {name: x.to(wide) for name, x in inputs.items()})
+    got = with_gradients(partial(moe_mlp, **how, backend=backend), inputs)
+    assert_same({name: x.to(wide) for name, x in got.items()}, want, rtol)
+
+
+def test_gelu_is_its_tanh_formula() -> None:
+    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    want = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    assert_same({"gelu": act(x, "gelu_tanh")}, {"gelu": want}, 1e-14)
+
+
+def test_triton_has_silu_only(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    # also where the rule would choose Triton
+    monkeypatch.setattr(op, "choose", lambda name, backend, *_, **__: "triton" if backend == "auto" else backend)
+    op._say_torch.cache_clear()
+    rows = torch.empty(0, D)
+    with caplog.at_level(logging.INFO, logger="moefold.kernels"):
+        assert [choose_backend(rows, "auto", "gelu_tanh") for _ in range(2)] == ["loop", "loop"]
+    assert choose_backend(rows, "auto", "silu") == "triton"
+    assert [record.getMessage() for record in caplog.records] == [
+        "moe_mlp runs on torch (the Triton products have silu only, not gelu_tanh)"
+    ]
+    with pytest.raises(ValueError, match="moe_mlp: backend 'triton' has silu only, not 'gelu_tanh'; use 'auto' or 'torch'"):
+        choose_backend(rows, "triton", "gelu_tanh")
+    with pytest.raises(ValueError, match="activation 'relu' is none of 'silu', 'gelu_tanh'"):
+        choose_backend(rows, "auto", "relu")  # type: ignore[arg-type]
 
 
 def test_auto_takes_the_loop_on_cpu() -> None:

@@ -20,6 +20,7 @@ def test_torch_on_cpu() -> None:
     check_backend(MOE, CPU)
     text = describe_kernels(MOE, CPU, torch.bfloat16)
     assert text.startswith("kernels: experts on 'loop' in torch.bfloat16, routing and rows on 'torch' (tensors are on cpu;")
+    assert "experts on 'loop'" in describe_kernels(MOE, CPU, torch.float32, "gelu_tanh")
     assert "as configured" in describe_kernels(replace(MOE, kernels="torch"), CPU, torch.float32)
 
 

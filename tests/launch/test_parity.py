@@ -133,6 +133,15 @@ class TestSmallCase:
         assert case.model.moe is not None
         assert case.model.moe.num_experts // 2 % topology.edp_shard
 
+    def test_kinds_of_models_keep_their_settings_in_small(self) -> None:
+        kind = {"attention_bias": "all", "sliding_window": 64, "rope_fraction": 0.25, "norm_order": "post"}
+        gated = {"moe.shared_dim": 500, "moe.shared_gate": True}
+        case = parity_case(quickstart(**{f"model.{name}": value for name, value in (kind | gated).items()}), Topology(2, tp=2))
+        model, moe = case.model, case.model.moe
+        assert (model.attention_bias, model.norm_order, model.rope_fraction) == ("all", "post", 0.5)
+        assert model.sliding_window is not None and model.sliding_window < case.seq_len
+        assert moe is not None and moe.shared_gate and moe.shared_width == 12
+
     def test_a_model_that_is_dense_stays_dense(self) -> None:
         config = quickstart()
         dense = replace(config, model=replace(config.model, moe=None, dense_ffn_dim=64))

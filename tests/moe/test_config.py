@@ -101,13 +101,20 @@ MOE = [
         "and order = 'softmax_topk'",
     ),
     ({"top_k": 1, "router": RouterConfig(score="sigmoid")}, "model.moe.router.renormalize", "makes every weight 1"),
+    ({"shared_dim": 0}, "model.moe.shared_dim", "is 0, but must be positive"),
+    (
+        {"shared_gate": True},
+        "model.moe.shared_gate",
+        "is true, but there are no shared experts to weigh; set num_shared_experts or shared_dim, or leave it out",
+    ),
 ]
 MODEL = [
     *(
         ({name: 0}, f"model.{name}", "is 0, but must be positive")
         for name in (
             *("dim", "num_layers", "num_heads", "head_dim", "vocab_size", "max_seq_len", "moe_every", "dense_ffn_dim"),
-            *("rope_theta", "norm_eps", "init_std"),
+            *("rope_theta", "norm_eps", "init_std", "sliding_window"),
+            *("attention_scale", "embed_scale", "residual_scale", "logits_scale"),
         )
     ),
     ({"norm_eps": math.inf}, "model.norm_eps", "is inf, but must be positive and finite"),
@@ -125,6 +132,20 @@ MODEL = [
     ({"moe_every": 2}, "model.dense_ffn_dim", "is not set, but some layers are dense"),
     ({"dense_prefix_layers": 1}, "model.dense_ffn_dim", "is not set, but some layers are dense"),
     ({"dense_ffn_dim": -1}, "model.dense_ffn_dim", "is -1, but must be positive"),
+    ({"embed_scale": math.nan}, "model.embed_scale", "is nan, but must be positive and finite"),
+    ({"rope_fraction": 0.0}, "model.rope_fraction", "is 0.0, but must be over 0 and at most 1 (1 turns whole heads)"),
+    ({"rope_fraction": 1.5}, "model.rope_fraction", "is 1.5, but must be over 0 and at most 1"),
+    (
+        {"rope_fraction": 0.2},
+        "model.rope_fraction",
+        "is 0.2, which turns 3 of head_dim = 16 columns, but rotary embedding needs an even number; legal: multiples of 0.125",
+    ),
+    ({"rope_fraction": 0.01}, "model.rope_fraction", "is 0.01, which turns 0 of head_dim = 16 columns"),
+    (
+        {"activation": "gelu_tanh", "moe": moe(kernels="triton")},
+        "model.moe.kernels",
+        "is 'triton', whose products have SiLU only, but activation = 'gelu_tanh'; use 'auto' or 'torch'",
+    ),
 ]
 RULES = [
     *((RouterConfig, *rule) for rule in ROUTER),
@@ -147,6 +168,10 @@ WRONG_TYPES = [
     (model, {"num_heads": None}, "model.num_heads", "is None, but must be a whole number"),
     (model, {"qk_norm": None}, "model.qk_norm", "is None, but must be one of 'none', 'head', 'full'"),
     (model, {"moe": 8}, "model.moe", "is 8, but must be a MoEConfig or None"),
+    (model, {"attention_bias": True}, "model.attention_bias", "is True, but must be one of 'none', 'qkv', 'all'"),
+    (model, {"activation": "gelu"}, "model.activation", "is 'gelu', but must be one of 'silu', 'gelu_tanh'"),
+    (model, {"norm_order": None}, "model.norm_order", "is None, but must be one of 'pre', 'post'"),
+    (model, {"rope_scaling": {"kind": "linear"}}, "model.rope_scaling", "but must be a RopeScaling or None"),
     (ParallelConfig, {"recompute": "full"}, "parallel.recompute", "is 'full', but must be one of 'none', 'selective'"),
     (ParallelConfig, {"dp": 0.5}, "parallel.dp", "is 0.5, but must be a whole number or None"),
     (ParallelConfig, {"timeout_s": math.inf}, "parallel.timeout_s", "is inf, but must be positive and finite"),
@@ -322,10 +347,23 @@ def test_heads_resolve_to_their_defaults() -> None:
         ({"qk_norm": "head"}, 2 * 2 * 16),
         ({"qk_norm": "full"}, 2 * (64 + 32)),
         ({"moe": moe(num_shared_experts=1)}, 2 * 3 * 64 * 32),
+        ({"moe": moe(num_shared_experts=1, shared_dim=48, shared_gate=True)}, 2 * (3 * 64 * 48 + 64)),
+        ({"attention_bias": "qkv"}, 2 * (64 + 2 * 32)),
+        ({"attention_bias": "all"}, 2 * (64 + 2 * 32 + 64)),
         # One of two layers trades router and experts for a dense feed-forward of width 96.
         ({"dense_prefix_layers": 1, "dense_ffn_dim": 96}, 3 * 64 * 96 - 64 * 8 - 8 * 3 * 64 * 32),
     ],
-    ids=["plain", "tied", "qk-norm-head", "qk-norm-full", "shared-expert", "dense-prefix"],
+    ids=[
+        "plain",
+        "tied",
+        "qk-norm-head",
+        "qk-norm-full",
+        "shared-expert",
+        "gated-shared",
+        "qkv-bias",
+        "all-biases",
+        "dense-prefix",
+    ],
 )
 def test_parameters_counted_by_hand(changes: dict[str, Any], extra: int) -> None:
     attention = 64 * 64 + 2 * 64 * 32 + 64 * 64

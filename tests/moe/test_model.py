@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moefold.moe.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
+from moefold.moe.attention import causal_mask
+from moefold.moe.config import BalanceConfig, ModelConfig, MoEConfig, RopeScaling, RouterConfig
 from moefold.moe.init import init_weights, initial_value
 from moefold.moe.layer import MoELayer
 from moefold.moe.load import Aux
@@ -64,8 +65,23 @@ def test_num_params_of_presets_is_the_real_count(name: str) -> None:
         {"moe_every": 2, "num_layers": 5},
         {"moe": None},
         {"moe": moe(num_shared_experts=2, balance=BalanceConfig(expert_bias=True))},
+        {"attention_bias": "qkv", "head_dim": 6},
+        {"attention_bias": "all", "norm_order": "post", "moe": moe(shared_dim=5, shared_gate=True)},
+        {"moe": moe(num_shared_experts=0, shared_dim=7)},
     ],
-    ids=["tied", "qk-norm-head", "qk-norm-full", "every-2nd", "dense", "shared-and-bias"],
+    ids=[
+        *(
+            "tied",
+            "qk-norm-head",
+            "qk-norm-full",
+            "every-2nd",
+            "dense",
+            "shared-and-bias",
+            "qkv-bias",
+            "all-biases",
+            "shared-dim",
+        ),
+    ],
 )
 def test_num_params_is_the_real_count(changes: dict[str, Any]) -> None:
     assert sum(p.numel() for p in Model(config(**changes)).parameters()) == config(**changes).num_params
@@ -119,6 +135,68 @@ def test_biases_start_at_zero_and_a_layer_alone_is_ready() -> None:
     assert not layer.router.expert_bias_E.any()
     y_BSD, aux = MoELayer(16, moe())(torch.randn(B, S, 16))
     assert y_BSD.isfinite().all() and aux.counts_E.sum() == B * S * 2
+
+
+def test_biases_of_attention_start_at_zero_and_the_gate_of_shared_experts_does_not() -> None:
+    built = Model(config(dim=256, attention_bias="all", moe=moe(shared_gate=True)), seed=1)
+    for block in built.blocks:
+        for bias in ("bq_Q", "bk_C", "bv_C", "bo_D"):
+            assert not block.attention.get_parameter(bias).any(), bias
+    gates = [w for name, w in built.named_parameters() if name.endswith("shared_expert.gate_D")]
+    assert len(gates) == 2 and not torch.equal(*gates)
+    for gate_D in gates:
+        assert gate_D.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_parameters_of_a_plain_model_are_named_as_ever() -> None:
+    layer = [f"attention.{w}" for w in ("wq_QD", "wk_CD", "wv_CD", "wo_DQ")] + ["attention_norm.weight_D", "ffn_norm.weight_D"]
+    dense = [f"layers.0.{name}" for name in [*layer, "ffn.w13_2FD", "ffn.w2_DF"]]
+    weights = ["router.weight_ED", "experts.w13_E2FD", "experts.w2_EDF", "shared_expert.w13_2FD", "shared_expert.w2_DF"]
+    experts = [f"layers.1.{name}" for name in [*layer, *(f"moe.{w}" for w in weights)]]
+    names = {name for name, _ in Model(config(num_layers=2)).named_parameters()}
+    assert names == {"embed.weight_VD", *dense, *experts, "head.norm.weight_D", "head.weight_VD"}
+
+
+NEUTRAL = {
+    "sliding_window": S,
+    "rope_scaling": RopeScaling(kind="llama3", factor=1.0, original_max_seq_len=16),
+    "attention_scale": 0.5,  # what head_dim 4 gives
+    "moe": moe(shared_dim=8),
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_setting_that_says_the_default_in_other_words_changes_nothing(name: str) -> None:
+    built, batch = model(), tokens()
+    other = Model(config(**{name: NEUTRAL[name]}), init=False).double()
+    other.load_state_dict(built.state_dict())
+    rtol = 1e-14 if name == "rope_scaling" else 0.0
+    assert_same({"logits": other(batch)[0]}, {"logits": built(batch)[0]}, rtol)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, S - 1, S, 100])
+@pytest.mark.parametrize("documents", [False, True], ids=["one-document", "documents"])
+def test_what_a_position_sees(window: int | None, documents: bool) -> None:
+    document_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [7, 7, 7, 7, 7, 7, 7, 7, 8]])
+    mask = causal_mask(torch.empty(B, S, 1), document_BS if documents else None, window)
+    if mask is None:
+        assert not documents and (window is None or window >= S)
+        return
+    for b in range(B):
+        for i in range(S):
+            same = [j for j in range(i + 1) if not documents or document_BS[b, j] == document_BS[b, i]]
+            seen = [j for j in same if window is None or i - window < j]
+            assert mask.expand(B, 1, S, S)[b, 0, i].nonzero().flatten().tolist() == seen
+
+
+def test_a_window_of_each_layer_adds_up() -> None:
+    built, batch = model(sliding_window=3), tokens()
+    changed = batch.clone()
+    changed[:, 0] = (batch[:, 0] + 1) % V
+    logits, again = built(batch)[0], built(changed)[0]
+    # three layers, each of which reaches two positions back
+    assert_same({"out of reach": again[:, 7:]}, {"out of reach": logits[:, 7:]}, rtol=1e-12)
+    assert not torch.allclose(again[:, 6], logits[:, 6], rtol=1e-3)
 
 
 def test_tied_embeddings_are_one_weight() -> None:
