@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .launch.pretrain import pretrain
     from .launch.report import report
     from .launch.settings import RunConfig
+    from .launch.upcycle.run import upcycle
     from .moe.config import BalanceConfig, CompressConfig, ModelConfig, MoEConfig, RouterConfig
     from .moe.layer import MoELayer
     from .moe.model import Model
@@ -33,6 +34,7 @@ __all__ = [
     "plan",
     "pretrain",
     "report",
+    "upcycle",
 ]
 
 _HOMES = MappingProxyType(
@@ -50,6 +52,7 @@ _HOMES = MappingProxyType(
         "plan": "launch.plan",
         "pretrain": "launch.pretrain",
         "report": "launch.report",
+        "upcycle": "launch.upcycle.run",
     }
 )
 

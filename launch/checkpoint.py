@@ -139,7 +139,7 @@ class Checkpointer:
         try:
             self._all(lambda: self._clear() if self.rank == 0 else None)
             self._all(lambda: dcp.save(state, checkpoint_id=aside, process_group=self.group))
-            files = self._all(lambda: _described(sorted(aside.glob(f"__{self.rank}_*"))))
+            files = self._all(lambda: described(sorted(aside.glob(f"__{self.rank}_*"))))
             merged = {name: entry for part in files for name, entry in part.items()}
             self._all(lambda: self._complete(aside, meta, merged) if self.rank == 0 else None)
         except BaseException as error:  # the thread has nobody else to tell
@@ -179,8 +179,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"rank 0 does not see {hidden[0]}: the run directory must be on a file system that all nodes share"
             )
-        meta = {**meta, "files": {**files, **_described([aside / ".metadata"])}}
-        write_json(aside / "complete.json", {**meta, "crc32": _crc_of(meta)})
+        write_complete(aside, {**meta, "files": {**files, **described([aside / ".metadata"])}})
         target = self.folder / f"step-{meta['step']:08d}"
         if target.exists():
             _remove(target)
@@ -232,9 +231,13 @@ class Checkpointer:
         meta: dict[str, Any] = {}
         problem: str | None = None
         try:
-            meta = _read(path)
+            meta = read_complete(path)
             problem = (
-                self._damage(path, meta["files"]) or _other_model(meta, engine, weights_only) or (accept and accept(meta)) or None
+                self._damage(path, meta["files"])
+                or (None if weights_only else _without_optimizer(meta))
+                or _other_model(meta, engine, weights_only)
+                or (accept and accept(meta))
+                or None
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"complete.json cannot be read ({type(error).__name__}: {error}); it is not a complete moefold checkpoint"
@@ -270,7 +273,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _described(files: list[Path]) -> dict[str, list[int]]:
+def described(files: list[Path]) -> dict[str, list[int]]:
     """Name -> [size, CRC-32]."""
     return {p.name: [p.stat().st_size, file_crc(p)] for p in files}
 
@@ -282,7 +285,12 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def write_complete(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write complete.json, after everything else: from then on the checkpoint is one. meta: `KEYS` but crc32."""
+    write_json(folder / "complete.json", {**meta, "crc32": _crc_of(meta)})
+
+
+def read_complete(path: Path) -> dict[str, Any]:
     """complete.json. Raises ValueError for contents that are not ours, or have been changed."""
     meta = json.loads((path / "complete.json").read_text(encoding="utf-8"))
     if not isinstance(meta, dict):
@@ -295,6 +303,13 @@ def _read(path: Path) -> dict[str, Any]:
     if meta["crc32"] != _crc_of(meta):
         raise ValueError("it does not hold what was written (CRC-32 differs)")
     return meta
+
+
+def _without_optimizer(meta: Mapping[str, Any]) -> str | None:
+    """Why a run cannot go on from a checkpoint that has no state of an optimizer, such as an imported one."""
+    if any(name.startswith("optimizer.") for name in meta["names"]):
+        return None
+    return "it holds weights only, so there is nothing to resume; start a new run from it with checkpoint.init_from"
 
 
 def _other_model(meta: Mapping[str, Any], engine: Engine, weights_only: bool) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,24 @@ import torch
 
 from .. import __version__
 from ..moe.config import ModelConfig
+from ..moe.dispatch import Pieces
 from ..moe.errors import ConfigError, Problem, TopologyError
 from ..moe.model import Model
 from ..parallel.apply import compute_dtype
 from ..parallel.cost_model import ComputeFit, LinkFit, measure_contention, measure_experts, measure_links
 from ..parallel.mesh import Mesh, build_mesh, find_nodes
 from ..parallel.nodes import NodeMap, two_levels
-from ..parallel.plan import LayerPlan, ModelSummary, Plan, check_plan, fingerprint, layer_work
+from ..parallel.plan import LayerPlan, ModelSummary, Plan, fingerprint, layer_work
 from ..parallel.schedule import MOST_CHUNKS, Choice, Costs, LayerWork, Placement, best_chunks, place_gradients, simulate
 from ..parallel.topology import Topology
 from .config import Loaded, check_world
+from .plan_text import size_text
 from .process import Rank, as_named, choose_device, joined
 from .rundir import write_atomic
 from .settings import RunConfig
 
-SHOWN = (1, 2, 4, 8)
+MEASURE_S = 3.0
+"""Seconds of measuring: enough for medians of every size on a quiet cluster."""
 WHAT_IF_RATE = 0.2
 MAX_ERROR = 0.25
 """Mean relative error of a link's model above which its plan is doubted aloud."""
@@ -46,15 +49,13 @@ class Variant:
     choice: Choice
 
     def to_dict(self) -> dict[str, Any]:
-        seconds = [{"chunks": r, "forward_s": f, "backward_s": b} for r, (f, b) in enumerate(self.choice.times, 1)]
         return {
             "dispatcher": self.dispatcher,
             "rate": self.rate,
             "sent_bytes": dict(self.sent),
-            "chunks": self.choice.chunks,
-            "best_forward_chunks": self.choice.forward_chunks,
-            "best_backward_chunks": self.choice.backward_chunks,
-            "predicted": seconds,
+            "chunks": asdict(self.choice.chunks),
+            "mirrored_chunks": self.choice.mirrored.chunks.units,
+            "predicted": [asdict(way) for way in self.choice.ways],
         }
 
 
@@ -82,19 +83,9 @@ class PlanResult:
 
     def render(self) -> str:
         """Tables for a terminal: links, experts, predicted times by number of pieces, what other ways of sending would take."""
-        m, load, here = self.plan.model, self.plan.model.load, self.plan.fingerprint
-        lines = [
-            f"plan for {here.world} rank{'s' * (here.world != 1)} on {len(here.hosts)} host{'s' * (len(here.hosts) != 1)}, "
-            f"ep {here.ep}, etp {here.etp}, {here.backend}",
-            f"  {_layers(m.layers)}: {load.num_experts} experts of {load.dim} x {load.expert_dim}, top {load.top_k}, "
-            f"{load.tokens} tokens per rank and pass, {load.row_bytes} bytes a row, dispatcher '{m.dispatcher}'",
-        ]
-        if self.findings is not None:
-            lines += ["", *_measured(self.plan, self.findings, self.seconds), "", *_predicted(self.findings)]
-            lines += ["", *_what_if(self.findings.variants), "", *_gradients(self.findings.gradients)]
-            lines += ["", *(line for text in self.findings.timelines for line in text.splitlines())]
-        lines += ["", *self.notes, _verdict(self)]
-        return "\n".join(lines + ([f"written: {self.out}"] if self.out else []))
+        from .plan_text import render
+
+        return render(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON: the plan as it is written to a file, and what it was made from."""
@@ -112,7 +103,7 @@ class PlanResult:
         return f"<pre>{html.escape(self.render())}</pre>"
 
 
-def plan(config: RunConfig, *, measure_s: float = 3.0, out: str | None = None) -> PlanResult:
+def plan(config: RunConfig, *, measure_s: float = MEASURE_S, out: str | None = None) -> PlanResult:
     """Measure links and experts, simulate every number of pieces, and choose. Every rank calls it; under torchrun it joins the
     other ranks, else it runs alone, and then there is no link to plan for: one piece.
 
@@ -161,57 +152,62 @@ def _topology(config: RunConfig, here: Rank) -> Topology:
 
 def _plan(config: RunConfig, topology: Topology, device: torch.device, rank: int, measure_s: float) -> PlanResult:
     start_s = time.perf_counter()
-    nodes, notes = _nodes(config, topology)
+    nodes, notes = split_nodes(config, topology)
     mesh = build_mesh(topology, device, config.parallel.timeout_s, nodes)
-    model = _summary(config, mesh, 1 if mesh.by_node is None else len(mesh.by_node.levels.inside))
-    if topology.ep * topology.etp == 1:
-        layers = tuple(LayerPlan(layer, 1) for layer in model.layers)
-        made = Plan(__version__, fingerprint(mesh), model, layers, {})
-        return PlanResult(made, rank, time.perf_counter() - start_s, notes=tuple(notes))
+    measured = measure(config, mesh, nodes, measure_s)
+    made, found = measured.plan, None
+    if measured.choice is not None:
+        assert made.costs is not None and measured.experts is not None
+        models = {name: fit.model for name, fit in made.links.items()}
+        work, choice = made.model.work(models), measured.choice
+        drawn = [simulate(work, made.costs, choice.chunks, backward=b).draw() for b in (False, True)]
+        found = Findings(
+            experts=measured.experts,
+            variants=_variants(made.model, models, made.costs, choice),
+            gradients=_placed(config.model, made.model, topology, made.links, work, made.costs, choice),
+            timelines=(f"forward in {choice.chunks.forward}\n{drawn[0]}", f"backward in {choice.chunks.backward}\n{drawn[1]}"),
+        )
+    return PlanResult(made, rank, time.perf_counter() - start_s, found, (*notes, *measured.doubts))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A plan, the choice it holds and the experts' fits; these are None where there is no link. doubts: about measurements."""
+
+    plan: Plan
+    choice: Choice | None = None
+    experts: tuple[ComputeFit, ComputeFit] | None = None
+    doubts: tuple[str, ...] = ()
+
+
+def measure(config: RunConfig, mesh: Mesh, nodes: NodeMap | None, measure_s: float = MEASURE_S) -> Measured:
+    """Time links and experts of a mesh and choose the pieces; the same on every rank. Collective.
+
+    nodes: of `split_nodes`. measure_s: seconds to measure for.
+    """
+    model, made_of = summary(config, mesh, nodes), fingerprint(mesh)
+    if mesh.topology.ep * mesh.topology.etp == 1:
+        return Measured(Plan(__version__, made_of, model, tuple(LayerPlan(layer, Pieces()) for layer in model.layers), {}))
     links = measure_links(mesh, 0.6 * measure_s)
-    notes += _doubts(links)
     experts, contention = _measure_work(config, model, mesh, links["flat"], 0.4 * measure_s)
     costs = Costs(experts[0].model, experts[1].model, contention)
-    models = {name: fit.model for name, fit in links.items()}
-    work, choice = model.work(models), best_chunks(model.work(models), costs)
-    seconds = (*choice.seconds(choice.chunks), *choice.seconds(1))
-    layers = tuple(LayerPlan(layer, choice.chunks, *seconds) for layer in model.layers)
-    drawn = [simulate(work, costs, choice.chunks, backward=b).draw() for b in (False, True)]
-    found = Findings(
-        experts=experts,
-        variants=_variants(model, models, costs, choice),
-        gradients=_placed(config.model, model, topology, links, work, costs, choice),
-        timelines=(f"forward in {choice.chunks}\n{drawn[0]}", f"backward in {choice.chunks}\n{drawn[1]}"),
-    )
-    made = Plan(__version__, fingerprint(mesh), model, layers, links, costs)
-    return PlanResult(made, rank, time.perf_counter() - start_s, found, tuple(notes))
+    choice = best_chunks(model.work({name: fit.model for name, fit in links.items()}), costs)
+    best, whole = choice.best, choice.way(1)
+    seconds = (best.forward_s, best.backward_s, whole.forward_s, whole.backward_s)
+    layers = tuple(LayerPlan(layer, best.chunks, *seconds) for layer in model.layers)
+    return Measured(Plan(__version__, made_of, model, layers, links, costs), choice, experts, tuple(_doubts(links)))
 
 
-def _summary(config: RunConfig, mesh: Mesh, nodes: int) -> ModelSummary:
+def summary(config: RunConfig, mesh: Mesh, nodes: NodeMap | None) -> ModelSummary:
+    """The model of a run as a plan knows it."""
     topology = mesh.topology
     rows = config.parallel.micro_batch or config.train.global_batch // topology.dp
     tokens = rows * config.data.seq_len // topology.tp
-    return ModelSummary.of(config.model, topology, tokens=tokens, nodes=nodes, precision=config.train.precision)
+    across = 1 if nodes is None else len(nodes.split(topology.groups("ep_etp")[0]))
+    return ModelSummary.of(config.model, topology, tokens=tokens, nodes=across, precision=config.train.precision)
 
 
-def planned_pieces(config: RunConfig, mesh: Mesh) -> int | dict[int, int]:
-    """`parallel.pieces`, or those of each layer by `parallel.plan`. Collective where there is a plan.
-
-    Raises:
-        ConfigError: the plan cannot be read, or was made for another model, layout or cluster.
-    """
-    path = config.parallel.plan
-    if path is None:
-        return config.parallel.pieces
-    plan = Plan.read(path)
-    nodes, _ = _nodes(config, mesh.topology)
-    members = mesh.topology.groups("ep_etp")[0]
-    model = _summary(config, mesh, 1 if nodes is None else len(nodes.split(members)))
-    check_plan(plan, fingerprint(mesh), model, path)
-    return {layer: plan.chunks(layer) for layer in model.layers}
-
-
-def _nodes(config: RunConfig, topology: Topology) -> tuple[NodeMap | None, list[str]]:
+def split_nodes(config: RunConfig, topology: Topology) -> tuple[NodeMap | None, list[str]]:
     """Where ranks live, if groups in two levels can be made there; what is to be said otherwise. Collective."""
     nodes = find_nodes(config.parallel.ranks_per_node)
     moe, notes = config.model.moe, []
@@ -228,11 +224,11 @@ def _nodes(config: RunConfig, topology: Topology) -> tuple[NodeMap | None, list[
 
 def _doubts(links: Mapping[str, LinkFit]) -> list[str]:
     """What is to be said about measurements that no model fits."""
-    longer = "measure longer (--measure-s), or when nothing else runs here"
+    longer = "measure longer (moefold plan --measure-s), or when nothing else runs here"
     doubts = []
     for name, fit in links.items():
         if fit.model.beta_s_per_byte == 0:
-            doubts.append(f"link '{name}': up to {_bytes(fit.samples[-1][0])}, time did not grow with size; {longer}")
+            doubts.append(f"link '{name}': up to {size_text(fit.samples[-1][0])}, time did not grow with size; {longer}")
         elif fit.mean_error > MAX_ERROR:
             doubts.append(f"link '{name}': measurements are {fit.mean_error:.0%} from its model on average; {longer}")
     return doubts
@@ -294,91 +290,6 @@ def gradient_bytes(config: ModelConfig, topology: Topology) -> list[float]:
         blocks = Model(config, init=False).blocks
     shared = {True: (topology.edp > 1) / (topology.ep * topology.etp), False: (topology.dp > 1) / topology.tp}
     return [sum(4.0 * p.numel() * shared[".experts." in f".{name}"] for name, p in b.named_parameters()) for b in blocks]
-
-
-def _layers(layers: tuple[int, ...]) -> str:
-    """'MoE layers 0-3, 6'."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return f"MoE layer{'s' * (len(layers) != 1)} " + ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _bytes(size: float) -> str:
-    if size == float("inf"):
-        return "-"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 999.5 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.3g} {unit}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}"
-
-
-def _measured(made: Plan, found: Findings, seconds: float) -> list[str]:
-    rows = [("link", "operation", "ranks", "alpha ms", "bandwidth/s", "bucket", "half at", "error mean, max")]
-    for name, fit in made.links.items():
-        m, errors = fit.model, f"{fit.mean_error:.0%}, {fit.max_error:.0%}"
-        cells = (_ms(m.alpha_s), _bytes(m.bytes_per_s), _bytes(m.bucket_bytes), _bytes(m.half_bandwidth_bytes), errors)
-        rows.append((name, fit.what, str(fit.ranks), *cells))
-    work = [("experts", "alpha ms", "GFLOP/s", "error mean, max")]
-    for name, compute in zip(("forward", "backward"), found.experts, strict=True):
-        rate = 1e-9 / compute.model.s_per_flop if compute.model.s_per_flop else float("inf")
-        errors = f"{compute.mean_error:.0%}, {compute.max_error:.0%}"
-        work.append((name, _ms(compute.model.alpha_s), f"{rate:.3g}", errors))
-    assert made.costs is not None
-    slower = f"experts and exchanges slow each other down {made.costs.contention:.2f} times"
-    return [f"measured in {seconds:.1f} s", *_table(rows), "", *_table(work), f"  {slower}"]
-
-
-def _predicted(found: Findings) -> list[str]:
-    choice = found.variants[0].choice
-    shown = sorted({*SHOWN, choice.chunks})
-    rows = [("pieces", "forward", "backward", "together", "")]
-    for r in shown:
-        forward, backward = choice.seconds(r)
-        rows.append((str(r), _ms(forward), _ms(backward), _ms(forward + backward), "<- chosen" if r == choice.chunks else ""))
-    alone = f"  best for forward alone: {choice.forward_chunks}, for backward alone: {choice.backward_chunks}"
-    return ["predicted time of a layer, ms", *_table(rows), alone]
-
-
-def _what_if(variants: tuple[Variant, ...]) -> list[str]:
-    rows = [("dispatcher", "rows", "sent across nodes", "inside", "pieces", "together", "")]
-    for variant in variants:
-        c, sent = variant.choice, variant.sent
-        last = "<- configured" if variant is variants[0] else ""
-        cells = (_bytes(sent["across"]), _bytes(sent["inside"]), str(c.chunks), _ms(sum(c.seconds(c.chunks))), last)
-        rows.append((variant.dispatcher, f"{variant.rate:.0%}", *cells))
-    return ["what if, ms (every expert as likely; without the work of compression)", *_table(rows)]
-
-
-def _gradients(placed: Placement | None) -> list[str]:
-    if placed is None:
-        return ["gradients: no data ranks to add them up with"]
-    return [
-        f"gradients of all layers take {_ms(placed.serial_s)} ms to add up; in the gaps of the slow link in backward all but "
-        f"{_ms(placed.exposed_s)} ms would be hidden (predicted; training does not place them there)"
-    ]
-
-
-def _verdict(result: PlanResult) -> str:
-    if result.findings is None:
-        return "all experts are on every rank: there is no link to plan for, 1 piece"
-    choice = result.findings.variants[0].choice
-    if choice.chunks == 1:
-        return f"{_layers(result.plan.model.layers)}: 1 piece, as more would take longer"
-    return f"{_layers(result.plan.model.layers)}: {choice.chunks} pieces, predicted {choice.gain:.2f} times as fast as one"
 
 
 def main() -> int:

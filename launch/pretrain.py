@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from ..moe.config import CompressConfig
+from ..moe.config import CompressConfig, with_defaults
 from ..moe.errors import CheckpointError, DataError, MoefoldError, NumericsError, Problem, TopologyError
-from ..parallel.apply import compute_dtype
+from ..parallel.apply import LayerPieces, compute_dtype
 from ..parallel.engine import Engine, OptimizerSettings
 from ..parallel.mesh import Mesh, build_mesh, nodes_for
 from ..parallel.recorder import CommRecorder
 from ..parallel.topology import Topology
 from .checkpoint import Checkpointer
-from .comm import CommLog, watch_stalls
+from .comm import watch_stalls
 from .config import Loaded, check_world, dump
 from .data.bigram import baseline
 from .data.documents import Problems, label, list_files
@@ -29,9 +29,10 @@ from .data.indexed import IndexedTokens, stem
 from .data.loader import Data, open_data
 from .data.tokenizer import load_tokenizer
 from .evaluate import Evaluation, sample_text
+from .instruments import open_instruments
 from .kernel_check import check_backend, describe_kernels
 from .metrics import Sinks
-from .plan import planned_pieces
+from .plan_run import open_comm, plan_for_run
 from .process import Crew, PeerFailedError, Rank, StopRequest, as_named, choose_device, is_secondary, joined, record_failure
 from .resume import Decision, decide_resume
 from .rundir import RunDir, state_of, write_atomic
@@ -202,7 +203,8 @@ def _train(
     nodes = nodes_for(config.model, config.parallel.ranks_per_node)
     mesh = build_mesh(topology, device, config.parallel.timeout_s, nodes)
     recorder = CommRecorder(crew.rank, device) if config.log.comm and crew.world > 1 else None
-    engine = build_engine(config, mesh, len(data.domains), recorder, planned_pieces(config, mesh))
+    plan = plan_for_run(config, mesh, crew, run.path, say)
+    engine = build_engine(config, mesh, len(data.domains), recorder, plan.pieces)
     checkpointer = Checkpointer(run.checkpoints, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
     meta = {"model": dataclasses.asdict(config.model), "data": _data_identity(config, data), "layout": topology.to_dict()}
     tokens = _restore(engine, checkpointer, decision, meta, say)
@@ -216,10 +218,10 @@ def _train(
         tensorboard_dir=run.tensorboard if config.log.tensorboard else None,
         device="gpu" if device.type == "cuda" else "rank",
     )
-    comm = None if recorder is None else CommLog(recorder, crew.group, run.path / "comm.json")
-    trainer = Trainer(config, engine, data, checkpointer, sinks, stop, meta, tokens, comm)
+    instruments = open_instruments(config.log, open_comm(recorder, crew, run.path / "comm.json", plan), crew, run, device)
+    trainer = Trainer(config, engine, data, checkpointer, sinks, stop, meta, tokens, instruments)
     try:
-        with watch_stalls(recorder, crew, config.parallel.timeout_s):
+        with watch_stalls(recorder, crew, config.parallel.timeout_s), instruments:
             evaluation = trainer.run()
         done = engine.step >= config.train.total_steps(config.data.seq_len)
         if done:
@@ -230,8 +232,6 @@ def _train(
         raise
     finally:
         sinks.close()
-        if comm is not None:
-            comm.write()
     say(f"checkpoint: {run.latest_checkpoint()}")
     code = 0 if done else int(crew.share(stop.exit_code if stop.signal is not None else 75))
     return RunResult(run.path, code, engine.step, evaluation)
@@ -269,7 +269,7 @@ def _finish(
 
 
 def build_engine(
-    config: RunConfig, mesh: Mesh, num_domains: int, recorder: CommRecorder | None = None, pieces: int | Mapping[int, int] = 1
+    config: RunConfig, mesh: Mesh, num_domains: int, recorder: CommRecorder | None = None, pieces: LayerPieces = 1
 ) -> Engine:
     """The model, its optimizer and its balance state as `config` wants them, spread over `mesh`. Collective."""
     o = config.train.optimizer
@@ -306,11 +306,11 @@ def _restore(engine: Engine, checkpointer: Checkpointer, decision: Decision, met
     assert decision.path is not None
     if decision.kind == "init":
         restored = checkpointer.load(decision.path, engine, weights_only=True)
-        for line in changes("model", restored.meta["model"], meta["model"]):
+        for line in changes("model", with_defaults(restored.meta["model"]), meta["model"]):
             say(f"note: {line}")
         return 0
     restored = checkpointer.load(decision.path, engine, accept=lambda theirs: other_run(theirs, meta))
-    for line in changes("model", restored.meta["model"], meta["model"]) + changes(
+    for line in changes("model", with_defaults(restored.meta["model"]), meta["model"]) + changes(
         "layout", restored.meta["layout"], meta["layout"]
     ):
         say(f"changed: {line}")
@@ -327,7 +327,8 @@ def changes(where: str, theirs: Any, ours: Any, words: tuple[str, str] = ("in th
 
 def other_run(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
     """Why a run must not go on from a checkpoint: what its model computes, or the order of samples, would change at its step."""
-    model = [line for line in changes("model", theirs["model"], ours["model"]) if not line.startswith(MAY_CHANGE)]
+    before, now = (with_defaults(side["model"]) for side in (theirs, ours))  # an older version wrote fewer settings
+    model = [line for line in changes("model", before, now) if not line.startswith(MAY_CHANGE)]
     data = changes("data", theirs["data"], ours["data"])
     reasons = []
     if model:
@@ -346,7 +347,7 @@ def _first_screen(config: RunConfig, engine: Engine, data: Data, say: _Console) 
     total = t.total_steps(config.data.seq_len)
     say(f"model: {m.num_params / 1e6:.2f}M parameters, {m.num_active_params / 1e6:.2f}M active; precision {t.precision}")
     if m.moe is not None:
-        say(describe_kernels(m.moe, engine.mesh.device, compute_dtype(t.precision)))
+        say(describe_kernels(m.moe, engine.mesh.device, compute_dtype(t.precision), m.activation))
     say(f"data: {text}; tokenizer {data.tokenizer.name}")
     say(f"steps: {engine.step} of {total} done, {t.global_batch * config.data.seq_len} tokens each")
     if m.moe is not None and m.moe.balance.aux_loss_coeff == 0 and not m.moe.balance.expert_bias:

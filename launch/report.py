@@ -14,10 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..moe.errors import RunDirError
 from . import report_comm, report_compress, report_experts, report_sections
-from .report_parts import STYLE, RunData, Runs, load_runs
-from .rundir import write_atomic
+from .html_page import Part, frame, html_page, write_html
+from .report_parts import RunData, Runs, load_runs
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,7 @@ class Report:
         return {"path": str(self.path), "runs": [dict(r) for r in self.runs], "sections": dict(self.sections)}
 
     def _repr_html_(self) -> str:
-        # A frame keeps the page's style and the notebook's apart.
-        page = escape(self.path.read_text(encoding="utf-8"))
-        return f'<iframe title="run report" style="width: 100%; height: 50rem; border: 0" srcdoc="{page}"></iframe>'
+        return frame(self.path.read_text(encoding="utf-8"), "run report")
 
 
 def report(*rundirs: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Report:
@@ -108,7 +105,7 @@ def report(*rundirs: str | os.PathLike[str], out: str | os.PathLike[str] | None 
     runs = load_runs([Path(d) for d in rundirs])
     path = Path(out) if out is not None else runs[0].path / ("report.html" if len(runs) == 1 else "comparison.html")
     built = {section: section.build(runs) for section in SECTIONS}
-    _write(path, _page(runs, built))
+    write_html(path, _page(runs, built))
     return Report(path, tuple(map(_summary, runs)), {s.id: html is not None for s, html in built.items()})
 
 
@@ -128,23 +125,11 @@ def _summary(run: RunData) -> dict[str, Any]:
 
 
 def _page(runs: Sequence[RunData], built: Mapping[Section, str | None]) -> str:
-    name = escape(" · ".join(r.name for r in runs))
-    links = "".join(f'<li><a href="#{s.id}">{escape(s.title)}</a></li>' for s in built)
-    body = "\n".join(
-        f'<section aria-labelledby="{s.id}"><h2 id="{s.id}">{escape(s.title)}</h2>\n{html or _missing(s)}</section>'
-        for s, html in built.items()
-    )
+    name = " · ".join(r.name for r in runs)
     heading = name if len(runs) == 1 else f"Comparison of {len(runs)} runs"
-    # The policy lets the page load nothing at all, so it opens the same from a mail attachment and leaks nothing.
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}"><meta name="color-scheme" content="light dark">
-<title>{name} – moefold report</title><style>{STYLE}</style></head>
-<body><header><h1>{heading}</h1><ul class="runs">{"".join(map(_headline, runs))}</ul></header>
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-<main>{body}</main></body></html>
-"""
+    lead = f'<ul class="runs">{"".join(map(_headline, runs))}</ul>'
+    parts = [Part(s.id, s.title, html, s.how_to_get) for s, html in built.items()]
+    return html_page(f"{name} – moefold report", heading, lead, parts)
 
 
 def _headline(run: RunData) -> str:
@@ -153,17 +138,3 @@ def _headline(run: RunData) -> str:
     word = {"bad": "⚠ needs attention", "warn": "worth a look", "good": "looks healthy", "": "no judgement yet"}[tone]
     items = "".join(f'<li class="{t or "plain"}">{escape(text)}</li>' for t, text in lines)
     return f'<li class="{tone}"><strong>{escape(run.name)}</strong> – <span class="tone">{word}</span><ul>{items}</ul></li>'
-
-
-def _missing(section: Section) -> str:
-    return f'<p class="none">No data for this section: {escape(section.how_to_get)}</p>'
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
-    except OSError as error:
-        raise RunDirError(
-            f"{path}: the report cannot be written ({error.strerror}); choose another file (--out, out=)"
-        ) from error

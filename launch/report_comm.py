@@ -53,7 +53,9 @@ def _matrix(run: RunData, index: int, several: bool) -> str | None:
         return None
     mib = [[n / steps / 2**20 for n in line] for line in whole]
     title, name = f"Traffic of the all-to-all{_of(run, several)}", f"traffic-{index}"
-    svg = plots.matrix(name, title, mib, ("from rank", "to rank"), "MiB/step")
+    hosts = run.comm.get("hosts", [])
+    borders = [r for r in range(1, len(hosts)) if hosts[r] != hosts[r - 1]]
+    svg = plots.matrix(name, title, mib, ("from rank", "to rank"), "MiB/step", borders=borders)
     rows = [[source, target, n] for source, line in enumerate(mib) for target, n in enumerate(line)]
     what = "Bytes of counts, dispatch and combine, forward and backward. The diagonal stays on its rank."
     return figure(title, svg, what, SOURCE, csv_link(name, ["from", "to", "mib_per_step"], rows, SOURCE))

@@ -152,12 +152,22 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> s
 def csv_link(name: str, head: Sequence[str], rows: Sequence[Sequence[Any]], source: str) -> str:
     """A link that holds the data as a CSV file; evenly thinned to CSV_ROWS rows, or left out, where it would be too large."""
     step = math.ceil(len(rows) / CSV_ROWS) or 1
-    text = "\n".join(",".join(_csv_cell(v) for v in row) for row in [head, *rows[::step]]) + "\n"
+    link = data_link(f"{name}.csv", csv_text(head, rows[::step]), source)
+    thinned = step > 1 and link.startswith("<a ")
+    return f"{link} (every {step}th row; all are in {escape(source)})" if thinned else link
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV, one line each below the names of the columns; None is empty."""
+    return "\n".join(",".join(_csv_cell(v) for v in row) for row in [head, *rows]) + "\n"
+
+
+def data_link(file: str, text: str, source: str) -> str:
+    """A link that holds `text`, CSV, as a file to save; only where it is found instead where it would be too large for a page."""
     if len(text) > CSV_BYTES:
         return f"the data is too large for this page: see {escape(source)}"
     data = base64.b64encode(text.encode()).decode()
-    which = f" (every {step}th row; all are in {escape(source)})" if step > 1 else ""
-    return f'<a download="{escape(name)}.csv" href="data:text/csv;base64,{data}">{escape(name)}.csv</a>{which}'
+    return f'<a download="{escape(file)}" href="data:text/csv;base64,{data}">{escape(file)}</a>'
 
 
 def _csv_cell(value: Any) -> str:
@@ -195,62 +205,3 @@ def tabs(name: str, panels: Mapping[str, str]) -> str:
         buttons.append(f'<input type="radio" name="{name}" id="{name}-{i}"{tick}><label for="{name}-{i}">{escape(label)}</label>')
         bodies.append(f'<div class="panel">{body}</div>')
     return f'<div class="tabs" role="group" aria-label="horizontal axis">{"".join(buttons)}{"".join(bodies)}</div>'
-
-
-STYLE = """
-:root { color-scheme: light dark; --back: #fbfbfa; --card: #ffffff; --ink: #1d2126; --soft: #59626d; --line: #d9dde2;
-  --grid: #dfe3e8; --link: #0b5cad; --good: #00704f; --warn: #8a5a00; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --back: #14171b; --card: #1b1f25; --ink: #e4e7eb; --soft: #a3adb8;
-  --line: #363d46; --grid: #333a43; --link: #7db8f5; --good: #4fd1a5; --warn: #e8b34b; --bad: #ff8a80; --series-0:
-  #5fb4ee; --series-1: #f28f52; --series-2: #35c9a0; --series-3: #e39ac6; --series-4: #dcc050; --series-5: #aaaaf7; }
-  }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1.25rem 4rem; background: var(--back); color: var(--ink);
-  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
-h3 { font-size: 1rem; margin: 0 0 .5rem; }
-p { margin: .5rem 0; }
-a { color: var(--link); }
-code, pre { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .88em; }
-nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; padding: 0; margin: 1rem 0; list-style: none; font-size:
-  .9rem; }
-.runs { list-style: none; padding: 0; margin: 1rem 0; display: grid; gap: .75rem; }
-.runs > li { background: var(--card); border: 1px solid var(--line); border-left: 5px solid var(--tone, var(--soft));
-  border-radius: 6px; padding: .75rem 1rem; }
-.runs ul { margin: .25rem 0 0; padding-left: 1.2rem; }
-.plain { --tone: var(--soft); }
-.good { --tone: var(--good); }
-.warn { --tone: var(--warn); }
-.bad { --tone: var(--bad); }
-.tone { color: var(--tone); font-weight: 600; }
-.runs ul li::marker { color: var(--tone, var(--soft)); content: "▪ "; }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem; align-items:
-  start; }
-.row { margin-bottom: 1rem; }
-figure, .none, .card { margin: 0 0 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  padding: .9rem 1rem; }
-.row > * { min-width: 0; margin: 0; }
-.none { color: var(--soft); }
-.plot svg { width: 100%; height: auto; display: block; }
-figcaption { color: var(--soft); font-size: .82rem; margin-top: .5rem; }
-.scroll { overflow-x: auto; margin: 0 0 1rem; }
-table { border-collapse: collapse; font-size: .88rem; width: 100%; }
-caption { text-align: left; font-weight: 600; padding: .25rem 0; }
-th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; }
-thead th { color: var(--soft); font-weight: 600; }
-tbody th { font-weight: 500; min-width: 8rem; }
-.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; max-height: 30rem; overflow-y: auto; }
-.tabs > label { margin: 0 1rem 0 .25rem; font-size: .88rem; }
-.tabs > .panel { display: none; margin-top: .6rem; }
-.tabs > input:nth-of-type(1):checked ~ .panel:nth-of-type(1), .tabs > input:nth-of-type(2):checked ~
-  .panel:nth-of-type(2), .tabs > input:nth-of-type(3):checked ~ .panel:nth-of-type(3) { display: block; }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-@media print { :root { color-scheme: light; --back: #fff; --card: #fff; --ink: #000; --soft: #333; --line: #bbb;
-  --grid: #ccc; --series-0: #0072b2; --series-1: #c44e00; --series-2: #00835f; --series-3: #b0508a; --series-4:
-  #8a6d00; --series-5: #5b5bb5; } body { max-width: none; padding: 0; font-size: 11pt; } nav, .tabs > input, .tabs >
-  label { display: none; } figure, tr, .card { break-inside: avoid; } h2, h3 { break-after: avoid; } pre { max-height:
-  none; } .scroll { overflow: visible; } }
-"""

@@ -89,9 +89,16 @@ def decide_resume(
     if init_from is not None:
         found = find(init_from)
         if found is None:
-            raise CheckpointError(f"checkpoint.init_from = '{init_from}': no complete checkpoint there; check the path")
+            raise CheckpointError(f"checkpoint.init_from = '{init_from}': no complete checkpoint there; {_instead(init_from)}")
         return Decision("init", found, f"starting at step 0 with the weights of {found}")
     return Decision("fresh", None, f"no checkpoint in {run_dir}: starting fresh at step 0")
+
+
+def _instead(path: str) -> str:
+    """The way out where no checkpoint of ours is."""
+    if (Path(path) / "config.json").is_file():
+        return f"it is a Hugging Face folder: make one of it with `moefold convert import {path} OUT`, and name OUT here"
+    return "check the path"
 
 
 def _step(checkpoint: Path) -> str:

@@ -111,6 +111,8 @@ def _type_name(hint: Any) -> str:
     for part in parts:
         if typing.get_origin(part) is typing.Literal:
             names += [str(value) for value in typing.get_args(part)]
+        elif typing.get_origin(part) is tuple:
+            names.append(f"list of {_type_name(typing.get_args(part)[0])}")
         else:
             names.append("none" if part is type(None) else getattr(part, "__name__", str(part)))
     return " | ".join(names)
@@ -123,6 +125,8 @@ def _default(f: dataclasses.Field[Any]) -> str:
         return "none"
     if isinstance(f.default, bool):
         return str(f.default).lower()
+    if isinstance(f.default, tuple):
+        return str(list(f.default))
     return f'"{f.default}"' if isinstance(f.default, str) else str(f.default)
 
 

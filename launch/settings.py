@@ -10,6 +10,9 @@ from ..moe.config import ModelConfig
 from ..moe.errors import Problem
 from ..parallel.config import ParallelConfig
 
+MAX_TRACED = 20
+"""Steps of one trace: the file of a rank has some MiB for each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
@@ -205,12 +208,25 @@ class LogConfig:
     tensorboard: bool = True
     comm: bool = True
     """Record every collective: `comm/` metrics and comm.json, for runs on several ranks."""
+    gpu: bool = True
+    """Read the counters of NVIDIA GPUs once a second, where there are some: `gpu/` metrics."""
+    trace_steps: tuple[int, ...] = ()
+    """[start, stop]: run torch.profiler over the steps start <= step < stop; `moefold profile run --trace` merges ranks."""
+    trace_ranks: tuple[int, ...] = ()
+    """Ranks that `trace_steps` is for, of which each writes one file; empty = ranks 0 to 7, as far as there are."""
     report: bool = True
     """Write report.html at the end."""
 
     def __post_init__(self) -> None:
         check_types(self, "log")
-        raise_if(positive(self, "log", ["every"]))
+        problems = positive(self, "log", ["every"])
+        steps, ranks = list(self.trace_steps), list(self.trace_ranks)
+        if steps and (len(steps) != 2 or not 0 <= steps[0] < steps[1] <= steps[0] + MAX_TRACED):
+            what = f"is {steps}, but must be [start, stop] with 0 <= start < stop <= start + {MAX_TRACED}: traces are large"
+            problems.append(Problem("log.trace_steps", what))
+        if any(rank < 0 for rank in ranks) or len(set(ranks)) < len(ranks):
+            problems.append(Problem("log.trace_ranks", f"is {ranks}, but must name ranks once each, counted from 0"))
+        raise_if(problems)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from ..parallel.engine import Engine, MicroBatch, StepResult
 from ..parallel.optimizer import learning_rate
 from ..parallel.step_stats import StepStats
 from .checkpoint import Checkpointer
-from .comm import CommLog
 from .data.loader import Data, Prefetcher
 from .evaluate import Evaluation, evaluate, micro_batch
+from .instruments import Instruments
 from .metrics import Sinks
 from .process import StopRequest
 from .settings import RunConfig
@@ -60,7 +60,7 @@ class Trainer:
     stop: StopRequest
     meta: Mapping[str, Any]
     tokens: int = 0
-    comm: CommLog | None = None
+    instruments: Instruments = field(default_factory=Instruments)
     times: Times = field(default_factory=Times)
     last_lr: float = 0.0
 
@@ -107,6 +107,7 @@ class Trainer:
     def train_step(self, batches: Prefetcher[list[MicroBatch]], total: int) -> StepResult:
         """Get data, update once, account for the time."""
         t, c = self.config.train, self.times
+        self.instruments.before(self.engine.step)
         start_s = time.perf_counter()
         batch = next(batches)
         c.data += time.perf_counter() - start_s
@@ -125,6 +126,7 @@ class Trainer:
         c.optimizer += result.optimizer_s
         c.step += time.perf_counter() - start_s
         c.steps += 1
+        self.instruments.after(self.engine.step - 1)
         self.last_lr = lr
         return result
 
@@ -147,7 +149,7 @@ class Trainer:
             **self._throughput(result),
             **load_metrics(result, self.engine, self.data.domains),
             "mem/peak_gib": self._peak_memory_gib(),
-            **(self.comm.sample(self.engine.step - 1) if self.comm is not None else {}),
+            **self.instruments.sample(self.engine.step - 1),
         }
         self.sinks.write("step", self.engine.step, values)
         self.times = Times(log=time.perf_counter() - start_s)

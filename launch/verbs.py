@@ -9,7 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ..moe.errors import ConfigError, MoefoldError
+from .profile import verbs_comm, verbs_moe, verbs_run
+from .upcycle.verbs_upcycle import VERBS as UPCYCLE
 from .verb import Flags, Verb, add_files, add_json, print_json
+from .verbs_convert import VERBS as CONVERT
 
 
 def _pretrain_options(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +226,11 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
             _plan_options,
             _plan,
         ),
+        "profile comm": verbs_comm.VERB,
+        "profile moe": verbs_moe.VERB,
+        "profile run": verbs_run.VERB,
+        **UPCYCLE,
+        **CONVERT,
         "launch": Verb(
             "write the scripts of a multi-node run, and submit them to Slurm",
             (

@@ -108,11 +108,18 @@ class LSHCodec(nn.Module):
         buckets, rows_CD = self.compress(x_TD, plan)
         ones_C1 = torch.ones(len(rows_CD), 1, dtype=plan.weights_TK.dtype, device=x_TD.device)
         to_experts = make_plan(buckets.experts_C[:, None], ones_C1, self.num_experts, None, plan.kernels)
-        expert_CD = dispatcher(rows_CD, to_experts, experts)
+        beside: list[Tensor] = []
+
+        def meanwhile() -> None:
+            # every token passes the shared experts, not the rows that travel
+            if shared is not None:
+                beside.append(shared(x_TD))
+
+        expert_CD = dispatcher(rows_CD, to_experts, experts, meanwhile=meanwhile)
         y_TD = self.restore(expert_CD, rows_CD, x_TD, plan, buckets)
         rows = torch.full((), len(rows_CD), dtype=torch.int64, device=x_TD.device)
         error, norm = self._measure(dispatcher, x_TD, y_TD, plan, experts)
-        return y_TD if shared is None else y_TD + shared(x_TD), Sent(rows, error, norm)
+        return y_TD + beside[0] if beside else y_TD, Sent(rows, error, norm)
 
     def compress(self, x_TD: Tensor, plan: DispatchPlan) -> tuple[Buckets, Tensor]:
         """Buckets of the kept choices, and the row that travels for each of them."""
@@ -121,13 +128,21 @@ class LSHCodec(nn.Module):
         exact_TK = None
         if c.exact_choices:
             exact_TK = (torch.arange(K, device=x_TD.device) < c.exact_choices).expand_as(plan.indices_TK)
-        kept = plan.indices_TK.numel() if plan.kept_TK is None else int(plan.kept_TK.sum())
-        budget = None if self.rate is None else math.ceil(_part(self.rate, kept))
+        budget = self._budget(plan)
         buckets = bucket_rows(codes_TH, plan.indices_TK, self.num_experts, plan.kept_TK, exact_TK, budget, 2 * c.hash_width)
         weights_TK = plan.weights_TK if c.gate_weighted else None
         if c.radius is not None:
             buckets = self._within_radius(x_TD, plan, buckets, weights_TK, c.radius)
         return buckets, centroids(x_TD, buckets, weights_TK, plan.kernels)
+
+    def _budget(self, plan: DispatchPlan) -> int | Tensor | None:
+        """Rows that may travel, rounded up; on the device where the number of kept choices is known only there."""
+        if self.rate is None:
+            return None
+        if plan.kept_TK is None:
+            return math.ceil(_part(self.rate, plan.indices_TK.numel()))
+        part = _part(self.rate, 1)
+        return (plan.kept_TK.sum() * part.numerator + part.denominator - 1) // part.denominator
 
     @torch.no_grad()
     def codes(self, x_TD: Tensor, plan: DispatchPlan) -> Tensor:

@@ -15,6 +15,39 @@ from ..kernels.sort_tokens import sort_tokens
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """How the tokens of a layer are cut: into `units`, of which rows travel in `forward` exchanges each way, and their gradients
+    in `backward` ones. Experts compute on one unit after the other, both ways.
+
+    Units are as many as the larger number says; in the other direction an exchange takes several neighbouring ones.
+
+    Raises:
+        ValueError: a number below 1, or two of which neither divides the other.
+    """
+
+    forward: int = 1
+    backward: int = 1
+
+    def __post_init__(self) -> None:
+        few, many = sorted((self.forward, self.backward))
+        if few < 1 or many % few:
+            what = f"{self.forward} pieces forward and {self.backward} backward"
+            raise ValueError(f"{what}: there must be at least 1, and one number must divide the other")
+
+    @property
+    def units(self) -> int:
+        return max(self.forward, self.backward)
+
+    @staticmethod
+    def of(pieces: int | Pieces) -> Pieces:
+        """One number is that of both directions."""
+        return pieces if isinstance(pieces, Pieces) else Pieces(pieces, pieces)
+
+    def __str__(self) -> str:
+        return str(self.forward) if self.forward == self.backward else f"{self.forward} forward, {self.backward} backward"
+
+
+@dataclass(frozen=True)
 class DispatchPlan:
     """Which tokens go to which experts: a routing without its losses, and the order of its rows.
 
@@ -73,22 +106,34 @@ class Dispatcher(ABC):
     """Takes tokens to their experts and brings back, for each token, the weighted sum of what its experts return.
 
     A way of sending is `start` and the `Flight` that it returns; it holds no parameters, and nothing between calls. Tokens are
-    sent in `pieces`, so that one piece is computed on while others travel; in backward, gradients travel so.
+    cut as `pieces` says, so that one unit is computed on while others travel; in backward, gradients travel so.
     """
 
-    pieces: int = 1
+    pieces: Pieces = Pieces()
 
     @abstractmethod
     def start(self, xs_TD: Sequence[Tensor], plans: Sequence[DispatchPlan]) -> Sequence[Flight]:
-        """Begin to send the tokens of each piece. Every rank calls it with as many pieces. Differentiable."""
+        """Begin to send the tokens of each of the `pieces.units`. Every rank calls it. Differentiable."""
 
-    def __call__(self, x_TD: Tensor, plan: DispatchPlan, experts: Experts, shared: Shared | None = None) -> Tensor:
-        """y_TD[t] = sum over the kept choices k of weights_TK[t, k] * expert(x_TD[t]), + shared(x_TD)[t]. Differentiable."""
+    def __call__(
+        self,
+        x_TD: Tensor,
+        plan: DispatchPlan,
+        experts: Experts,
+        shared: Shared | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """y_TD[t] = sum over the kept choices k of weights_TK[t, k] * expert(x_TD[t]), + shared(x_TD)[t]. Differentiable.
+
+        meanwhile: called once, as `shared` is, when rows are on their way and none has been waited for.
+        """
 
         def work(x_TD: Tensor, experts: Experts) -> Tensor:
             # everything is on its way before anything is waited for
             flights = self.start(*self._cut(x_TD, plan))
             shared_TD = None if shared is None else shared(x_TD)
+            if meanwhile is not None:
+                meanwhile()
             for flight in flights:
                 flight.land(experts)
             if len(flights) == 1:
@@ -99,30 +144,31 @@ class Dispatcher(ABC):
         return experts(x_TD, work)
 
     def _cut(self, x_TD: Tensor, plan: DispatchPlan) -> tuple[Sequence[Tensor], Sequence[DispatchPlan]]:
-        """Token i goes with piece i % pieces: neighbours are alike, so that no piece gets all rows of one expert."""
-        if self.pieces == 1:
+        """Token i goes with unit i % units: neighbours are alike, so that no unit gets all rows of one expert."""
+        units = self.pieces.units
+        if units == 1:
             return [x_TD], [plan]
         num_experts, plans = plan.counts_E.numel(), []
-        for piece in (slice(first, None, self.pieces) for first in range(self.pieces)):
-            kept_TK = None if plan.kept_TK is None else plan.kept_TK[piece]
-            plans.append(make_plan(plan.indices_TK[piece], plan.weights_TK[piece], num_experts, kept_TK, plan.kernels))
-        return [x_TD[first :: self.pieces] for first in range(self.pieces)], plans
+        for unit in (slice(first, None, units) for first in range(units)):
+            kept_TK = None if plan.kept_TK is None else plan.kept_TK[unit]
+            plans.append(make_plan(plan.indices_TK[unit], plan.weights_TK[unit], num_experts, kept_TK, plan.kernels))
+        return [x_TD[first::units] for first in range(units)], plans
 
 
 class Interleave(torch.autograd.Function):
-    """Undo the cut into n pieces: row i of the result is row i // n of piece i % n. One copy each way, and no view of it."""
+    """Undo the cut into n units: row i of the result is row i // n of unit i % n. One copy each way, and no view of it."""
 
     @staticmethod
     def forward(ctx: Any, *ys_TD: Tensor) -> Tensor:
         out_TD = ys_TD[0].new_empty(sum(y.shape[0] for y in ys_TD), *ys_TD[0].shape[1:])
-        ctx.pieces = len(ys_TD)
+        ctx.units = len(ys_TD)
         for first, y_TD in enumerate(ys_TD):
             out_TD[first :: len(ys_TD)] = y_TD
         return out_TD
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad_TD[first :: ctx.pieces] for first in range(ctx.pieces))
+        return tuple(grad_TD[first :: ctx.units] for first in range(ctx.units))
 
 
 class LocalDispatcher(Dispatcher):

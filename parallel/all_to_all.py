@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.permute import permute, unpermute
-from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight
+from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight, Pieces
 from .collectives import exchange_blocks
 from .recorder import CommRecorder, probe_for
-from .transfer import Transfer
+from .transfer import Transfer, transfers
 from .wire import Wire
 
 
@@ -51,7 +51,7 @@ def by_expert(counts_NL: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Splits:
-    """How the rows of one piece are split: rows for each expert-parallel rank (blocks), to and from each rank of the joint group,
+    """How the rows of one unit are split: rows for each expert-parallel rank (blocks), to and from each rank of the joint group,
     and of each local expert by source [P, L]."""
 
     blocks: Sequence[int]
@@ -82,51 +82,53 @@ class AllToAllDispatcher(Dispatcher):
         etp: int,
         num_experts: int,
         *,
-        pieces: int = 1,
+        pieces: int | Pieces = 1,
         axis: str = "ep_etp",
         counts_rows: bool = True,
         recorder: CommRecorder | None = None,
         layer: int | None = None,
         wire: Wire | None = None,
     ):
-        self.group, self.ep, self.etp, self.pieces, self.counts_rows, self.wire = group, ep, etp, pieces, counts_rows, wire
+        self.group, self.ep, self.etp, self.counts_rows, self.wire = group, ep, etp, counts_rows, wire
+        self.pieces = Pieces.of(pieces)
         self.local_experts = num_experts // ep
         self.probes = {what: probe_for(recorder, axis, group, what, layer) for what in ("counts", "dispatch", "combine")}
 
     def start(self, xs_TD: Sequence[Tensor], plans: Sequence[DispatchPlan]) -> Sequence[Flight]:
-        """Exchange the counts of all pieces, then rows. Every rank takes part, whether or not it has rows."""
-        splits = self.split([plan.counts_E for plan in plans])
-        return [RowFlight(self, *each) for each in zip(xs_TD, plans, splits, strict=True)]
+        """Exchange the counts of all units, then rows. Every rank takes part, whether or not it has rows."""
+        counts = [plan.counts_E for plan in plans]
+        splits = self.split(counts)
+        there = [(s.send, s.receive) for s in splits]
+        back = [(s.receive, s.send) for s in splits]
+        away = transfers(self.pieces, there, self.group, self.probes["dispatch"], counts if self.counts_rows else None, self.wire)
+        home = transfers(self.pieces, back, self.group, self.probes["combine"], wire=self.wire)
+        return [RowFlight(self.etp, *each) for each in zip(xs_TD, plans, splits, away, home, strict=True)]
 
     def split(self, counts: Sequence[Tensor]) -> list[Splits]:
-        """Tell every rank the rows of its experts, for each piece's counts [E]."""
+        """Tell every rank the rows of its experts, for each unit's counts [E]."""
         counts_NPL = torch.stack(list(counts)).view(-1, self.ep, 1, self.local_experts).expand(-1, -1, self.etp, -1).flatten(1, 2)
         counts_PNL = counts_NPL.transpose(0, 1).contiguous()
         received_PNL = exchange_blocks(counts_PNL, self.group, self.probes["counts"])
         # the one host synchronisation of the layer: the transport needs the split sizes
         send_NP, receive_NP = torch.stack([counts_PNL.sum(-1).T, received_PNL.sum(-1).T]).tolist()
-        pieces = zip(send_NP, receive_NP, received_PNL.unbind(1), strict=True)
-        return [Splits(send[:: self.etp], send, receive, received_PL) for send, receive, received_PL in pieces]
+        units = zip(send_NP, receive_NP, received_PNL.unbind(1), strict=True)
+        return [Splits(send[:: self.etp], send, receive, received_PL) for send, receive, received_PL in units]
 
 
 class RowFlight(Flight):
     """One row for each kept choice, sorted by expert."""
 
-    def __init__(self, by: AllToAllDispatcher, x_TD: Tensor, plan: DispatchPlan, splits: Splits):
-        self.by, self.plan, self.splits = by, plan, splits
+    def __init__(self, etp: int, x_TD: Tensor, plan: DispatchPlan, splits: Splits, away: Transfer, home: Transfer):
+        self.etp, self.plan, self.splits, self.away, self.home = etp, plan, splits, away, home
         rows_RD = permute(x_TD, plan.order_R, plan.row_TK, plan.kept_TK, plan.kernels)
         self.num_rows = rows_RD.shape[0]
-        copies_RD = self._copy_per_slice(rows_RD)
-        rows_E = plan.counts_E if by.counts_rows else None
-        self.away = Transfer(splits.send, splits.receive, by.group, by.probes["dispatch"], rows_E, by.wire)
-        self.arriving_XD = self.away.start(copies_RD)
+        self.arriving_XD = away.start(self._copy_per_slice(rows_RD))
 
     def land(self, experts: Experts) -> None:
         received_PL = self.splits.received_PL
         index_X, inverse_X = by_expert(received_PL, sum(self.splits.receive))
         rows_XD = Reorder.apply(self.away.finish(self.arriving_XD), index_X, inverse_X)
         leaving_XD = Reorder.apply(experts.compute(rows_XD, received_PL.sum(0)), inverse_X, index_X)
-        self.home = Transfer(self.splits.receive, self.splits.send, self.by.group, self.by.probes["combine"], wire=self.by.wire)
         self.returning_RD = self.home.start(leaving_XD)
 
     def finish(self, shared_TD: Tensor | None = None) -> Tensor:
@@ -136,13 +138,13 @@ class RowFlight(Flight):
         return unpermute(rows_RD, p.weights_TK, p.order_R, p.row_TK, p.kept_TK, shared_TD, p.kernels)
 
     def _copy_per_slice(self, rows_RD: Tensor) -> Tensor:
-        if self.by.etp == 1:
+        if self.etp == 1:
             return rows_RD
         blocks = rows_RD[: sum(self.splits.blocks)].split(list(self.splits.blocks))
-        return torch.cat([block for block in blocks for _ in range(self.by.etp)])
+        return torch.cat([block for block in blocks for _ in range(self.etp)])
 
     def _sum_slices(self, back_RD: Tensor) -> Tensor:
-        etp = self.by.etp
+        etp = self.etp
         if etp == 1:
             return back_RD
         wide = torch.promote_types(back_RD.dtype, torch.float32)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from ..moe.config import ModelConfig
-from ..moe.dispatch import Dispatcher, LocalDispatcher
+from ..moe.dispatch import Dispatcher, LocalDispatcher, Pieces
 from ..moe.init import initial_value
 from ..moe.layer import MoELayer
 from ..moe.model import Block, Model
@@ -28,6 +28,8 @@ from .sharding import WHOLE, Placement, ShardedParameter, place
 from .tensor import attach_tensor_parallel
 from .wire import Wire
 
+LayerPieces = int | Pieces | Mapping[int, Pieces]
+"""What all layers are sent in, one number for both directions or two, or each by its index among the model's blocks."""
 COMPUTE_DTYPES = (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64))
 
 
@@ -73,7 +75,7 @@ def parallelize(
     seed: int,
     precision: str = "fp32",
     recompute: str = "none",
-    pieces: int | Mapping[int, int] = 1,
+    pieces: LayerPieces = 1,
     recorder: CommRecorder | None = None,
 ) -> tuple[Model, tuple[ShardedParameter, ...]]:
     """Build the model on this rank: its shards of the weights that `seed` gives, ready for forward and backward.
@@ -108,12 +110,12 @@ def parallelize(
     return model, tuple(ShardedParameter(placements[name], p) for name, p in model.named_parameters())
 
 
-def attach_doors(model: Model, mesh: Mesh, pieces: int | Mapping[int, int] = 1, recorder: CommRecorder | None = None) -> None:
+def attach_doors(model: Model, mesh: Mesh, pieces: LayerPieces = 1, recorder: CommRecorder | None = None) -> None:
     """Give every MoE layer its dispatcher and its peers. pieces: of all layers, or of each by its index."""
     for index, block in enumerate(model.blocks):
         if (layer := block.moe) is not None:
             layer.peers = MeshPeers(mesh.tp_group, mesh.world_group, recorder, index)
-            own = pieces if isinstance(pieces, int) else pieces[index]
+            own = pieces if isinstance(pieces, int | Pieces) else pieces[index]
             options = {"pieces": own, "recorder": recorder, "layer": index, "wire": Wire.of(layer.config)}
             dispatcher = build_dispatcher(layer.config.dispatcher, mesh, layer.config.num_experts, **options)
             layer.dispatcher = dispatcher or layer.dispatcher

@@ -31,9 +31,11 @@ class ParallelConfig:
     ranks_per_node: int | None = None
     """Neighbouring ranks that share a machine, for communication in two levels; None = those with the same host name."""
     pieces: int = 1
-    """Parts that the tokens of a layer are sent to the experts in, so that experts compute on one while the next travels."""
+    """Parts that the tokens of a layer are sent to the experts in, so that experts compute on one while the next travels;
+    gradients come back in as many."""
     plan: str | None = None
-    """File of `moefold plan` for this model, layout and cluster: the number of pieces of each layer. Instead of `pieces`."""
+    """Instead of `pieces`: the file of `moefold plan` for this model, layout and cluster, which says how many each layer is sent
+    in, forward and backward; or 'auto': measured in the first seconds of the run and kept in its directory."""
     timeout_s: float = 600.0
     """A collective that takes longer than this stops the job (exit code 5)."""
 

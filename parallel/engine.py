@@ -7,7 +7,7 @@ the first backward, and every reduction of gradients is a sum, so nothing depend
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from ..moe.config import BalanceConfig, ModelConfig
 from ..moe.errors import NumericsError
 from ..moe.load import Aux
 from ..moe.model import Model
-from .apply import moe_layers, parallelize
+from .apply import LayerPieces, moe_layers, parallelize
 from .collectives import all_reduce
 from .gradients import clip_gradients, complete_gradients, gradient_norm
 from .mesh import Mesh
@@ -93,7 +93,7 @@ class Engine:
         seed: int = 0,
         precision: str = "fp32",
         recompute: str = "none",
-        pieces: int | Mapping[int, int] = 1,
+        pieces: LayerPieces = 1,
         optimizer: OptimizerSettings | None = None,
         num_domains: int = 1,
         recorder: CommRecorder | None = None,

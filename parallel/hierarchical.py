@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..kernels.backend import Backend
 from ..kernels.permute import permute, unpermute
-from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight, make_plan
+from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight, Pieces, make_plan
 from .all_to_all import pad_rows
 from .collectives import exchange_blocks
 from .mesh import NodeGroups
 from .recorder import CommRecorder, probe_for
-from .transfer import Transfer
+from .transfer import Transfer, transfers
 from .wire import Wire
 
 
@@ -55,12 +55,12 @@ class HierarchicalDispatcher(Dispatcher):
         num_experts: int,
         device: torch.device,
         *,
-        pieces: int = 1,
+        pieces: int | Pieces = 1,
         recorder: CommRecorder | None = None,
         layer: int | None = None,
         wire: Wire | None = None,
     ):
-        self.groups, self.inner, self.pieces, self.wire = groups, inner, pieces, wire
+        self.groups, self.inner, self.pieces, self.wire = groups, inner, Pieces.of(pieces), wire
         experts_of_node = groups.levels.experts(num_experts)
         self.experts_per_node = len(experts_of_node[0])
         table_2E = torch.empty(2, num_experts, dtype=torch.int64)
@@ -75,16 +75,20 @@ class HierarchicalDispatcher(Dispatcher):
         self.probes = {what: probe_for(recorder, "across_nodes", groups.across, what, layer) for what in purposes}
 
     def start(self, xs_TD: Sequence[Tensor], plans: Sequence[DispatchPlan]) -> Sequence[Flight]:
-        """Exchange the counts of all pieces between nodes, then rows and notes on them."""
+        """Exchange the counts of all units between nodes, then rows and notes on them."""
         nodes = [self.node_E[plan.indices_TK] for plan in plans]
         ups = [self._first_level(plan, node_TK) for plan, node_TK in zip(plans, nodes, strict=True)]
         counts_NP = torch.stack([up.counts_E for up in ups], 1)
         received_NP = exchange_blocks(counts_NP, self.groups.across, self.probes["counts"])
         # a host synchronisation: the transport needs the split sizes
         send_PN, receive_PN = torch.stack([counts_NP.T, received_NP.T]).tolist()
-        splits = zip(send_PN, receive_PN, strict=True)
-        each = zip(xs_TD, plans, nodes, ups, splits, strict=True)
-        return [NodeFlight(self, x, plan, node_TK, up, *split) for x, plan, node_TK, up, split in each]
+        there, back = list(zip(send_PN, receive_PN, strict=True)), list(zip(receive_PN, send_PN, strict=True))
+        across, probes = self.groups.across, self.probes
+        rows = transfers(self.pieces, there, across, probes["dispatch"], [plan.counts_E for plan in plans], self.wire)
+        notes = transfers(self.pieces, there, across, probes["notes"])
+        home = transfers(self.pieces, back, across, probes["combine"], wire=self.wire)
+        each = zip(xs_TD, plans, nodes, ups, rows, notes, home, strict=True)
+        return [NodeFlight(self, *unit) for unit in each]
 
     def _first_level(self, plan: DispatchPlan, node_TK: Tensor) -> DispatchPlan:
         """The plan between nodes: choices are nodes, and a token chooses each at most once."""
@@ -119,22 +123,20 @@ class NodeFlight(Flight):
         plan: DispatchPlan,
         node_TK: Tensor,
         up: DispatchPlan,
-        send: Sequence[int],
-        receive: Sequence[int],
+        rows: Transfer,
+        notes: Transfer,
+        home: Transfer,
     ):
-        self.by, self.plan, self.up, self.send, self.receive = by, plan, up, send, receive
+        self.by, self.plan, self.up, self.rows, self.notes, self.home = by, plan, up, rows, notes, home
         rows_RD = permute(x_TD, up.order_R, up.row_TK, up.kept_TK, plan.kernels)
         self.num_rows = rows_RD.shape[0]
-        self.rows = Transfer(send, receive, by.groups.across, by.probes["dispatch"], plan.counts_E, by.wire)
-        self.notes = Transfer(send, receive, by.groups.across, by.probes["notes"])
-        self.arriving_MX = self.notes.start(by.notes(plan, up, node_TK))
-        self.arriving_MD = self.rows.start(rows_RD)
+        self.arriving_MX = notes.start(by.notes(plan, up, node_TK))
+        self.arriving_MD = rows.start(rows_RD)
 
     def land(self, experts: Experts) -> None:
         inside = self.by.plan_inside(self.notes.finish(self.arriving_MX), self.plan.kernels)
         [flight] = self.by.inner.start([self.rows.finish(self.arriving_MD)], [inside])
         flight.land(experts)
-        self.home = Transfer(self.receive, self.send, self.by.groups.across, self.by.probes["combine"], wire=self.by.wire)
         self.returning_RD = self.home.start(flight.finish())
 
     def finish(self, shared_TD: Tensor | None = None) -> Tensor:

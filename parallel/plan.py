@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ..moe.config import ModelConfig
+from ..moe.dispatch import Pieces
 from ..moe.errors import ConfigError, Problem
 from .apply import compute_dtype
 from .cost_model import LinkFit, LinkModel
@@ -29,7 +30,7 @@ from .mesh import Mesh
 from .schedule import Costs, Hop, LayerWork, Resource
 from .topology import Topology
 
-SCHEMA = 1
+SCHEMA = 2
 MOST_SHOWN = 8
 """Hosts or layers that an error lists."""
 _AGAIN = "measure again with `moefold plan CONFIG --out FILE`"
@@ -88,7 +89,7 @@ def layer_work(load: Load, links: Mapping[str, LinkModel], dispatcher: str, rate
         share = (load.nodes - 1) / load.nodes / ((ranks - 1) / ranks)
         hops = (Hop(where, links["flat"], flat_bytes, flat_bytes, share, 1, 8.0 * load.num_experts * load.etp),)
     shared_flops = 6.0 * load.tokens * load.dim * load.shared_dim
-    return LayerWork(hops, 6.0 * rows * load.dim * load.expert_dim, shared_flops, shared_under_way=rate == 1)
+    return LayerWork(hops, 6.0 * rows * load.dim * load.expert_dim, shared_flops)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class ModelSummary:
             num_experts=moe.num_experts,
             top_k=moe.top_k,
             expert_dim=moe.expert_dim,
-            shared_dim=moe.num_shared_experts * moe.expert_dim,
+            shared_dim=moe.shared_width,
             ep=topology.ep,
             etp=topology.etp,
             nodes=nodes,
@@ -175,7 +176,7 @@ class LayerPlan:
     piece; None where nothing travels, so that nothing was predicted."""
 
     layer: int
-    chunks: int
+    chunks: Pieces
     forward_s: float | None = None
     backward_s: float | None = None
     forward_1_s: float | None = None
@@ -184,7 +185,8 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Pieces of every MoE layer, and what they follow from. version: of moefold. costs: None as in `LayerPlan`."""
+    """Pieces of every MoE layer, and what they follow from. version: of moefold. costs: None as in `LayerPlan`. stale: why a run
+    has found that the plan holds no more; None = it has not."""
 
     version: str
     fingerprint: Fingerprint
@@ -192,8 +194,9 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     links: Mapping[str, LinkFit]
     costs: Costs | None = None
+    stale: str | None = None
 
-    def chunks(self, layer: int) -> int:
+    def chunks(self, layer: int) -> Pieces:
         """Pieces of the MoE layer in this block of the model. Raises KeyError for a block without one."""
         return {plan.layer: plan.chunks for plan in self.layers}[layer]
 
@@ -222,9 +225,8 @@ class Plan:
             plan: Plan = _typed(Plan, data, "")
         except _WrongValueError as error:
             raise ConfigError([Problem(where, f"{error}; {_AGAIN}")]) from error
-        if [p.layer for p in plan.layers] != list(plan.model.layers) or any(p.chunks < 1 for p in plan.layers):
-            named = {p.layer: p.chunks for p in plan.layers}
-            what = f"names pieces {named} for the MoE layers {list(plan.model.layers)}: each needs one positive number"
+        if (named := [p.layer for p in plan.layers]) != list(plan.model.layers):
+            what = f"names pieces for the layers {named}, but the MoE layers are {list(plan.model.layers)}"
             raise ConfigError([Problem(where, f"{what}; {_AGAIN}")])
         return plan
 
@@ -245,15 +247,20 @@ def check_plan(plan: Plan, here: Fingerprint, model: ModelSummary, where: str = 
 
     here: see `fingerprint`. model: see `ModelSummary.of`. where: of the plan, named in the error.
     """
+    problems = [Problem(where, f"{difference}; {_AGAIN}") for difference in differences(plan, here, model)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def differences(plan: Plan, here: Fingerprint, model: ModelSummary) -> list[str]:
+    """What of the plan's cluster, layout or model is not that of this run; empty where it may be used."""
     pairs: list[tuple[Any, Any]] = [(plan.fingerprint, here), (plan.model, model), (plan.model.load, model.load)]
-    problems = [
-        Problem(where, f"was made for {_said(f.name)} = {_shown(a)}, but this run has {_shown(b)}; {_AGAIN}")
+    return [
+        f"was made for {_said(f.name)} = {_shown(a)}, but this run has {_shown(b)}"
         for old, new in pairs
         for f in fields(old)
         if f.name != "load" and (a := getattr(old, f.name)) != (b := getattr(new, f.name))
     ]
-    if problems:
-        raise ConfigError(problems)
 
 
 def _said(name: str) -> str:
@@ -282,7 +289,11 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, dict) or set(value) != names:
             found = sorted(value) if isinstance(value, dict) else value
             raise _WrongValueError(f"{name} must have {', '.join(sorted(names))}, but is {found}")
-        return hint(**{key: _typed(hints[key], item, f"{path}.{key}") for key, item in value.items()})  # type: ignore[operator]
+        values = {key: _typed(hints[key], item, f"{path}.{key}") for key, item in value.items()}
+        try:
+            return hint(**values)  # type: ignore[operator]
+        except ValueError as error:
+            raise _WrongValueError(f"{name}: {error}") from error
     if origin is UnionType:
         return None if value is None and NoneType in args else _typed(args[0], value, path)
     if isinstance(value, dict) and origin is Mapping:

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from ..moe.dispatch import Pieces
 from .cost_model import ComputeModel, LinkModel
 
 Resource = Literal["across", "inside", "compute"]
@@ -137,8 +138,8 @@ class _Running:
 class Hop:
     """One exchange on a token's way to its expert.
 
-    out_bytes, back_bytes: what leaves a rank for others on the way there and back, for all pieces together.
-    across_share: part of these bytes that leaves the node. messages: exchanges that a piece takes on the way there.
+    out_bytes, back_bytes: what leaves a rank for others on the way there and back, for all units together.
+    across_share: part of these bytes that leaves the node. messages: exchanges that rows take on the way there.
     counts_bytes: of the exchange of counts before it, which the host waits for.
     """
 
@@ -156,13 +157,12 @@ class LayerWork:
     """What one rank does in a MoE layer for one micro-batch.
 
     hops: outermost first; none where all experts are at home. flops: of its experts, forward. shared_flops: of the shared
-    experts. shared_under_way: whether they are computed while the first rows travel, else when all is back.
+    experts, which are computed while the first rows travel.
     """
 
     hops: tuple[Hop, ...]
     flops: float
     shared_flops: float = 0.0
-    shared_under_way: bool = True
 
     @property
     def wire_bytes(self) -> dict[str, float]:
@@ -202,28 +202,31 @@ class _Thread:
         self._reached = (self.start(name, resource, seconds, mark),)
 
 
-def layer_ops(work: LayerWork, costs: Costs, chunks: int, *, backward: bool = False) -> tuple[Op, ...]:
-    """The operations of a layer in the order of the code that sends it in `chunks` pieces.
+def layer_ops(work: LayerWork, costs: Costs, chunks: int | Pieces, *, backward: bool = False) -> tuple[Op, ...]:
+    """The operations of a layer in the order of the code that sends it in these pieces (one number: that of both directions).
 
-    Forward: counts; every piece starts on the outermost hop; shared experts; then for each piece: wait for its rows, inner hops
-    there, experts, inner hops back (each is waited for), start its way back. At the end, wait for all. The counts of an outermost
-    hop travel together for all pieces, those of an inner one before it.
+    Forward: counts; every exchange of the outermost hop starts; shared experts; then for each unit: wait for the exchange that
+    brings its rows, inner hops there, experts, inner hops back (each is waited for), and start the way back of the units that
+    share an exchange once the last of them is there. At the end, wait for all. The counts of an outermost hop travel together
+    for all units, those of an inner one before each.
 
-    Backward is the mirror image, from the last piece to the first, without counts: gradients start on the way back, take inner
+    Backward is the mirror image, from the last unit to the first, without counts: gradients start on the way back, take inner
     hops, experts with twice the operations, inner hops, and start on the way there; the shared experts' backward comes then.
 
     Raises:
         ValueError: fewer than one piece.
     """
-    if chunks < 1:
-        raise ValueError(f"chunks = {chunks}, but a layer is sent in at least 1 piece")
+    ways = Pieces.of(chunks)
+    exchanges = ways.backward if backward else ways.forward
+    together = ways.units // exchanges
     thread, outer, inner = _Thread(), work.hops[:1], work.hops[1:]
     model, factor = (costs.backward, 2.0) if backward else (costs.forward, 1.0)
-    pieces = range(chunks - 1, -1, -1) if backward else range(chunks)
+    units = range(ways.units - 1, -1, -1) if backward else range(ways.units)
+    turn = range(exchanges - 1, -1, -1) if backward else range(exchanges)
     there, back = ("back", "out") if backward else ("out", "back")
 
-    def seconds(hop: Hop, way: str) -> float:
-        alone = hop.link.seconds((hop.out_bytes if way == "out" else hop.back_bytes) / chunks)
+    def seconds(hop: Hop, way: str, parts: int) -> float:
+        alone = hop.link.seconds((hop.out_bytes if way == "out" else hop.back_bytes) / parts)
         return alone + (hop.link.alpha_s * (hop.messages - 1) if way == "out" else 0.0)
 
     def count(hop: Hop, name: str) -> None:
@@ -234,83 +237,101 @@ def layer_ops(work: LayerWork, costs: Costs, chunks: int, *, backward: bool = Fa
         if work.shared_flops:
             thread.run("shared", "compute", model.seconds(factor * work.shared_flops), "s")
 
-    if backward and not work.shared_under_way:
-        shared()
     for hop in outer:
         count(hop, "counts")
-        for piece in pieces:
-            thread.start(f"{there} {piece}", hop.resource, seconds(hop, there), _mark(piece))
-    if work.shared_under_way and not backward:
+        for i in turn:
+            thread.start(f"{there} {i}", hop.resource, seconds(hop, there, exchanges), _mark(i))
+    if not backward:
         shared()
-    for piece in pieces:
+    for done, unit in enumerate(units, 1):
+        i = unit // together
         for _ in outer:
-            thread.wait(f"{there} {piece}")
+            thread.wait(f"{there} {i}")
         for depth, hop in enumerate(inner, 1):
-            count(hop, f"counts {piece} ({depth})")
-            thread.run(f"{there} {piece} ({depth})", hop.resource, seconds(hop, there), _mark(piece))
-        thread.run(f"experts {piece}", "compute", model.seconds(factor * work.flops / chunks), _mark(piece))
+            count(hop, f"counts {unit} ({depth})")
+            thread.run(f"{there} {unit} ({depth})", hop.resource, seconds(hop, there, ways.units), _mark(unit))
+        thread.run(f"experts {unit}", "compute", model.seconds(factor * work.flops / ways.units), _mark(unit))
         for depth, hop in reversed(list(enumerate(inner, 1))):
-            thread.run(f"{back} {piece} ({depth})", hop.resource, seconds(hop, back), _mark(piece))
-        for hop in outer:
-            thread.start(f"{back} {piece}", hop.resource, seconds(hop, back), _mark(piece))
-    if work.shared_under_way and backward:
+            thread.run(f"{back} {unit} ({depth})", hop.resource, seconds(hop, back, ways.units), _mark(unit))
+        for hop in outer if done % together == 0 else ():
+            thread.start(f"{back} {i}", hop.resource, seconds(hop, back, exchanges), _mark(i))
+    if backward:
         shared()
-    for piece in pieces:
+    for i in turn:
         for _ in outer:
-            thread.wait(f"{back} {piece}")
-    if not work.shared_under_way and not backward:
-        shared()
+            thread.wait(f"{back} {i}")
     return tuple(thread.ops)
 
 
-def _mark(piece: int) -> str:
-    return _MARKS[piece % len(_MARKS)]
+def _mark(index: int) -> str:
+    return _MARKS[index % len(_MARKS)]
 
 
-def simulate(work: LayerWork, costs: Costs, chunks: int, *, backward: bool = False) -> Timeline:
-    """One pass of a layer in `chunks` pieces, see `layer_ops`."""
+def simulate(work: LayerWork, costs: Costs, chunks: int | Pieces, *, backward: bool = False) -> Timeline:
+    """One pass of a layer in these pieces, see `layer_ops`."""
     return run(layer_ops(work, costs, chunks, backward=backward), contention=costs.contention)
 
 
 @dataclass(frozen=True)
+class Way:
+    """A layer in these pieces, and its predicted seconds."""
+
+    chunks: Pieces
+    forward_s: float
+    backward_s: float
+
+    @property
+    def both_s(self) -> float:
+        return self.forward_s + self.backward_s
+
+
+@dataclass(frozen=True)
 class Choice:
-    """Predicted seconds (forward, backward) of a layer in 1, 2, ... pieces, and the best: the fewest of about the least."""
+    """Every way of cutting a layer that comes into question, with one piece among them."""
 
-    times: tuple[tuple[float, float], ...]
-    chunks: int = field(init=False)
+    ways: tuple[Way, ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "chunks", self._best([sum(both) for both in self.times]))
+    @property
+    def best(self) -> Way:
+        """The fewest units, then the fewest exchanges, of about the least time."""
+        return self._fewest(self.ways)
+
+    @property
+    def mirrored(self) -> Way:
+        """The best of those with one number for both directions."""
+        return self._fewest([way for way in self.ways if way.chunks.forward == way.chunks.backward])
 
     @staticmethod
-    def _best(seconds: Sequence[float]) -> int:
-        return next(r for r, t in enumerate(seconds, 1) if t <= min(seconds) * (1 + CLOSE))
+    def _fewest(ways: Sequence[Way]) -> Way:
+        limit_s = min(way.both_s for way in ways) * (1 + CLOSE)
+        near = [way for way in ways if way.both_s <= limit_s]
+        return min(near, key=lambda way: (way.chunks.units, way.chunks.forward + way.chunks.backward, way.both_s))
 
-    def seconds(self, chunks: int) -> tuple[float, float]:
-        """(forward, backward) in this many pieces."""
-        return self.times[chunks - 1]
-
-    @property
-    def forward_chunks(self) -> int:
-        """Best for forward alone."""
-        return self._best([forward for forward, _ in self.times])
+    def way(self, chunks: int | Pieces) -> Way:
+        """In these pieces. Raises KeyError where they do not come into question."""
+        return {way.chunks: way for way in self.ways}[Pieces.of(chunks)]
 
     @property
-    def backward_chunks(self) -> int:
-        """Best for backward alone."""
-        return self._best([backward for _, backward in self.times])
+    def chunks(self) -> Pieces:
+        """The pieces of the best."""
+        return self.best.chunks
 
     @property
     def gain(self) -> float:
-        """Predicted time of one piece / predicted time of the choice."""
-        chosen = sum(self.seconds(self.chunks))
-        return sum(self.seconds(1)) / chosen if chosen else 1.0
+        """Predicted time of one piece / predicted time of the best."""
+        return self.way(1).both_s / self.best.both_s if self.best.both_s else 1.0
 
 
 def best_chunks(work: LayerWork, costs: Costs, most: int = MOST_CHUNKS) -> Choice:
-    """Simulate every number of pieces up to `most`. The best one is that of forward and backward together, which share it."""
-    passes = ([simulate(work, costs, r, backward=b).makespan_s for b in (False, True)] for r in range(1, most + 1))
-    return Choice(tuple((forward, backward) for forward, backward in passes))
+    """Simulate every number of units up to `most`, with each number of exchanges that divides it in one of the directions."""
+    ways = []
+    for units in range(1, most + 1):
+        fewer = [exchanges for exchanges in range(1, units + 1) if units % exchanges == 0]
+        there = {n: simulate(work, costs, Pieces(n, units)).makespan_s for n in fewer}
+        back = {n: simulate(work, costs, Pieces(units, n), backward=True).makespan_s for n in fewer}
+        ways += [Way(Pieces(units, n), there[units], back[n]) for n in fewer]
+        ways += [Way(Pieces(n, units), there[n], back[units]) for n in fewer[:-1]]
+    return Choice(tuple(ways))
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def _first_of_buckets(group_R: Tensor, codes_RH: Tensor, alone_R: Tensor, kept_R
     return torch.stack(levels, 1)
 
 
-def _within_budget(first_RL: Tensor, kept_R: Tensor, max_rows: int) -> Tensor:
+def _within_budget(first_RL: Tensor, kept_R: Tensor, max_rows: int | Tensor) -> Tensor:
     """bool [R]: which rows open a bucket, at the finest level that fits and with what is left spent on splits.
 
     On the device throughout: the level is a tensor, and bucket numbers are bounded by R instead of C.
@@ -101,7 +101,7 @@ def bucket_rows(
     num_experts: int,
     kept_TK: Tensor | None = None,
     exact_TK: Tensor | None = None,
-    max_rows: int | None = None,
+    max_rows: int | Tensor | None = None,
     num_codes: int | None = None,
 ) -> Buckets:
     """Put the kept choices of one expert whose tokens have equal codes into one bucket (LSH-MoE, arXiv 2411.08446, alg. 1).
@@ -116,10 +116,10 @@ def bucket_rows(
         indices_TK: int64, expert of each choice, in [0, num_experts).
         kept_TK: bool, choices that travel; None = all.
         exact_TK: bool, choices that have a bucket of their own; None = none.
-        max_rows: most buckets, or None for all hashes. Taken is the finest level h whose number of buckets, exact choices
-            included, is <= max_rows. Its buckets are then split to level h + 1, those with most rows first (ties: the lower
-            bucket), up to the first that does not fit. Where experts hit plus exact choices pass max_rows already, the others
-            have one bucket per expert, and there are more than max_rows buckets.
+        max_rows: most buckets, also as an int64 scalar on the device; or None for all hashes. Taken is the finest level h whose
+            number of buckets, exact choices included, is <= max_rows. Its buckets are then split to level h + 1, those with most
+            rows first (ties: the lower bucket), up to the first that does not fit. Where experts hit plus exact choices pass
+            max_rows already, the others have one bucket per expert, and there are more than max_rows buckets.
         num_codes: codes lie in [0, num_codes), so that they take fewer sorts (not checked); None = they may be anything.
 
     Raises:

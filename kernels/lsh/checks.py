@@ -44,7 +44,7 @@ def check_choices(
     num_experts: int,
     kept_TK: Tensor | None,
     exact_TK: Tensor | None,
-    max_rows: int | None,
+    max_rows: int | Tensor | None,
     num_codes: int | None,
 ) -> None:
     """Inputs of `bucket_rows`."""
@@ -62,7 +62,12 @@ def check_choices(
             )
     if num_experts < 1:
         raise ValueError(f"{op}: {num_experts} experts; need at least one")
-    if max_rows is not None and max_rows < 0:
+    if isinstance(max_rows, Tensor):
+        # its value stays on the device, unread
+        if max_rows.ndim or max_rows.dtype != torch.int64:
+            raise ValueError(f"{op}: max_rows is {max_rows.dtype} {tuple(max_rows.shape)}; need an int64 scalar")
+        check_same_device(op, codes_TH=codes_TH, max_rows=max_rows)
+    elif max_rows is not None and max_rows < 0:
         raise ValueError(f"{op}: max_rows = {max_rows}; need 0 or more, or None for no limit")
     if num_codes is not None and num_codes < 1:
         raise ValueError(f"{op}: num_codes = {num_codes}; need one or more, or None for any codes")

@@ -88,7 +88,7 @@ def convert(values: Array, source: str, target: str) -> Array:
 
 def _to_bf16(values: Array) -> Array:
     """float16, float32 or float64 -> bfloat16 in uint16."""
-    bits = _rounded_to_odd(values) if values.dtype == np.float64 else np.ascontiguousarray(values, "<f4").view("<u4")
+    bits = _single_bits(values) if values.dtype == np.float64 else np.ascontiguousarray(values, "<f4").view("<u4")
     out = bits >> np.uint32(16)
     out &= np.uint32(1)
     out += np.uint32(0x7FFF)
@@ -102,16 +102,20 @@ def _to_bf16(values: Array) -> Array:
     return half
 
 
-def _rounded_to_odd(values: Array) -> Array:
-    """Bits of float64 values as float32, with the last bit set where something was dropped: rounding once more is then right.
+def _single_bits(values: Array) -> Array:
+    """Bits of float64 values as float32, such that rounding those to BF16 is as rounding once.
 
-    Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Transactions on Computers 57(4), 2008.
+    Rounding twice is wrong only where the first time ends in the middle of two BF16 numbers, and did not begin there.
     """
     with np.errstate(over="ignore"):
         single = values.astype("<f4")
-    inexact = single.astype("<f8") != values
-    away = inexact & (np.abs(single.astype("<f8")) > np.abs(values))
-    return np.where(away, np.nextafter(single, np.float32(0)), single).astype("<f4").view("<u4") | inexact.astype("<u4")
+    bits = single.view("<u4")
+    middle = np.nonzero((bits & np.uint32(0xFFFF)) == 0x8000)
+    if len(middle[0]):
+        there, here = np.abs(values[middle]), np.abs(single[middle].astype("<f8"))
+        bits[middle] += (there > here).astype("<u4")
+        bits[middle] -= (there < here).astype("<u4")
+    return bits
 
 
 def _check_range(out: Array, values: Array, target: str) -> None:

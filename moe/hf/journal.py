@@ -40,6 +40,7 @@ class Journal:
             "position": self.position,
         }
         value["digests"] = dict(self.digests)
+        sync_folder(folder)  # first the names of the files that it speaks of
         write_durably(folder / JOURNAL, json.dumps(value, indent=1) + "\n")
 
     @classmethod
@@ -61,14 +62,13 @@ class Journal:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all."""
+    """Write a file so that after a power cut it is there as a whole, or what was there before. `sync_folder` makes it certain."""
     aside = path.with_name(path.name + ".new")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

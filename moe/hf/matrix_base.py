@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from .codec import Array, carrier, item_bytes, work_dtype
 
-CHUNK_BYTES = 4 << 20
-"""About how much of a matrix is held decoded at a time."""
+CHUNK_BYTES = 1 << 20
+"""About how much of a matrix is held decoded at a time: little enough to stay in a core's cache while it is computed with."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Matrix(ABC):
         return self.block(start, stop, 0, self.cols, work_dtype(self.dtype))
 
     def steps(self, start: int = 0, stop: int | None = None, nbytes: int | None = None) -> Iterator[tuple[int, int]]:
-        """Consecutive (start, stop) of rows of about `nbytes` (default: 4 MiB) decoded, at least one row each."""
+        """Consecutive (start, stop) of rows of about `nbytes` (default: 1 MiB) decoded, at least one row each."""
         stop = self.num_rows if stop is None else stop
         step = max(1, (CHUNK_BYTES if nbytes is None else nbytes) // max(1, 4 * self.cols))
         for first in range(start, stop, step):

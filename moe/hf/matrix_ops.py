@@ -9,6 +9,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import CheckpointError
 from .codec import Array, carrier, common_dtype, convert, work_dtype
 from .matrix_base import Chunk, Index, Matrix, gather
 
@@ -111,7 +112,12 @@ class Scaled(Matrix):
     def block(self, start: int, stop: int, left: int, right: int, dtype: str) -> Array:
         work = work_dtype(self.dtype)
         values = self.of.block(start, stop, left, right, work)
-        return convert(values * carrier(work).type(self.factor), work, dtype)
+        try:
+            with np.errstate(over="raise", invalid="ignore"):
+                scaled = values * carrier(work).type(self.factor)
+        except FloatingPointError as error:
+            raise CheckpointError(f"a value of {np.abs(values).max():g} times {self.factor:g} is too large for {work}") from error
+        return convert(scaled, work, dtype)
 
     def chunks(self, dtype: str, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
         # times one is a copy

@@ -95,7 +95,7 @@ def write_checkpoint(
     _check_names(layout, carry, manifest)
     plan = plan_hash(layout, config, manifest, carry)
     begin_s = time.monotonic()
-    before = Journal.read(out) if out.is_dir() else None
+    before = _journal_left(out)
     if before is not None and before.plan == plan:
         # killed after the renaming: only the journal is left to remove
         return _tidy(out, layout, before.digests, layout.nbytes, begin_s)
@@ -306,11 +306,18 @@ def _begin(folder: Path, wanted: Journal) -> Journal:
     return found
 
 
+def _journal_left(out: Path) -> Journal | None:
+    """The journal of a finished checkpoint, if it was not removed. Any other file of that name belongs to somebody else."""
+    try:
+        return Journal.read(out) if out.is_dir() else None
+    except CheckpointError:
+        return None
+
+
 def _tidy(out: Path, layout: Layout, digests: Mapping[str, str], resumed: int, begin_s: float) -> Written:
     """Remove what only an unfinished checkpoint has, the journal last: with it, a run that is killed here can be called again."""
     for name in (LOCK, JOURNAL):
         (out / name).unlink(missing_ok=True)
-    sync_folder(out)
     files = MappingProxyType({shard.name: shard.nbytes for shard in layout.shards})
     return Written(out, files, MappingProxyType(dict(digests)), layout.tensor_bytes, resumed, time.monotonic() - begin_s)
 
@@ -357,6 +364,7 @@ def _write_small(
         for shard in layout.shards
     }
     write_durably(folder / MANIFEST, as_text({**manifest, "files": files}))
+    sync_folder(folder)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import types
 
 import pytest
 
+from moefold.launch import cli
 from moefold.launch.cli import VERBS, main, split_settings
 from moefold.launch.config import dump, load
 from moefold.moe.errors import CommError, DataError, NumericsError, PreemptedError
@@ -71,7 +73,7 @@ def test_help_of_a_verb_begins_with_two_examples(verb, capsys):
     assert main([*verb.split(), "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"moefold {verb}: ") and lines[2] == "examples:"
-    assert all(verb in line for line in lines[3:5])
+    assert all(verb in line.replace(".profile ", ".launch profile ") for line in lines[3:5])
     assert not VERBS[verb].settings or lines[-1] == "all settings: moefold config show"
 
 
@@ -89,12 +91,27 @@ def test_examples_of_help_are_understood(verb, answer, tmp_path, monkeypatch, ca
         "plan": types.SimpleNamespace(exit_code=0, rank=0, render=lambda: "1 piece"),
         "report": types.SimpleNamespace(path="report.html"),
     }
+    first, *_ = verb.split()
     if verb in results:
         answer(verb, results[verb])
+    elif first in ("profile", "upcycle", "convert"):
+        # they need ranks or files: only what they are asked for is looked at
+        deaf = dataclasses.replace(VERBS[verb], run=lambda options, flags: print(options) or 0)
+        monkeypatch.setattr(cli, "VERBS", {**VERBS, verb: deaf})
     for example in VERBS[verb].examples:
-        words = shlex.split(example.replace(f"-m moefold.launch.{verb} ", f"{verb} "))
-        assert main(words[words.index(verb) :]) == 0, capsys.readouterr().err
+        words = shlex.split(example.replace(f"-m moefold.launch.{first} ", f"{first} "))
+        assert main(words[words.index(first) :]) == 0, capsys.readouterr().err
         assert capsys.readouterr().out or verb == "pretrain"
+
+
+def test_a_family_of_verbs_lists_its_words(capsys):
+    assert main(["profile"]) == 2
+    assert main(["profile", "--help"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == captured.out
+    assert all(f"  profile {word} " in captured.out for word in ("comm", "moe", "run")) and "pretrain" not in captured.out
+    assert main(["profile", "com"]) == 2
+    assert "no verb 'profile com'; did you mean 'profile comm'?" in capsys.readouterr().err
 
 
 def test_resume_is_short_for_the_setting(answer, capsys):
@@ -126,7 +143,7 @@ def test_version(capsys):
     ("args", "says"),
     [
         (["pretrian", "a.toml"], "no verb 'pretrian'; did you mean 'pretrain'?"),
-        (["zzzzz"], "no verb 'zzzzz'; verbs: pretrain, parity, plan, launch, report, config"),
+        (["zzzzz"], "no verb 'zzzzz'; verbs: pretrain, parity, plan, profile comm, profile moe,"),
         (["pretrain"], "the following arguments are required: FILE"),
         (["launch", "quickstart"], "the following arguments are required: --nodes"),
         (["launch", "quickstart", "--nodes", "two"], "invalid int value: 'two'"),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from helpers import GlooPool
 from moefold.launch import comm
-from moefold.launch.comm import CommLog, comm_metrics
+from moefold.launch.comm import CommLog, CoreWait, comm_metrics
 from moefold.launch.console import console_line
 from moefold.launch.metrics import make_record
 from moefold.launch.report import report
@@ -21,6 +21,7 @@ from moefold.launch.rundir import RunDir
 from moefold.launch.settings import RunSection
 from moefold.parallel.collectives import all_reduce
 from moefold.parallel.recorder import CommRecorder
+from moefold.parallel.recorder_clock import HostClock
 from moefold.parallel.transfer import Transfer
 
 ROWS = 10
@@ -80,6 +81,64 @@ def test_the_newest_samples_are_kept(monkeypatch: pytest.MonkeyPatch, gloo_pool:
     path = tmp_path / "comm.json"
     gloo_pool.run(log_steps, 2, path, comm.SAMPLES + 2)
     assert json.loads(path.read_text())["steps"] == list(range(2, comm.SAMPLES + 2))
+
+
+class JumpingClock:
+    """Goes ahead by `by_s` whenever it is told to."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.perf_counter() + self.ahead_s
+
+
+def log_with_jumps(rank: int, world: int, path: Path, jumps: dict[int, float]) -> list[bool]:
+    """Steps in some of which the clock of rank 1 jumps between two sums; which of them have metrics."""
+    group = dist.group.WORLD
+    assert group is not None
+    now = JumpingClock()
+    recorder = CommRecorder(rank, torch.device("cpu"), clock=HostClock(now))
+    probe = recorder.probe("world", group, "norm")
+    log = CommLog(recorder, group, path, ["a", "b"])
+    told = []
+    for step in range(4):
+        recorder.start_step(step)
+        all_reduce(torch.ones(1), group, probe)
+        now.ahead_s += jumps.get(step, 0.0) if rank == 1 else 0.0
+        all_reduce(torch.ones(1), group, probe)
+        told.append(bool(log.sample(step)))
+    log.write()
+    return told
+
+
+@pytest.mark.ranks
+def test_a_step_in_which_a_clock_jumps_is_left_out_and_clocks_are_compared_again(gloo_pool: GlooPool, tmp_path: Path) -> None:
+    path = tmp_path / "comm.json"
+    assert gloo_pool.run(log_with_jumps, 2, path, {1: 100.0})[0] == [True, False, True, True]
+    data = json.loads(path.read_text())
+    assert data["steps"] == [0, 2, 3] and data["hosts"] == ["a", "b"]
+    assert data["unaligned_s"] == {"1": pytest.approx(100.0, abs=1.0)}
+    assert data["history"]["steps"] == [0, 2, 3]
+    assert data["total"]["skew_s"] < 10.0, "seconds of a jump are no waiting"
+
+
+def test_waiting_for_a_core_is_read_by_thread_and_step(tmp_path: Path) -> None:
+    def write(**waits: int) -> None:
+        for task, ns in waits.items():
+            (tmp_path / task).mkdir(exist_ok=True)
+            name = {"2": "pt_autograd_0", "3": "gloo"}.get(task, "python")
+            (tmp_path / task / "comm").write_text(f"{name}\n")
+            (tmp_path / task / "schedstat").write_text(f"123 {ns} 7\n")
+
+    write(**{"1": 1_000_000_000, "3": 0})
+    waiting = CoreWait(tmp_path, main=1)
+    assert waiting.per_step_s(10) is None, "it is not known since which step"
+    write(**{"1": 1_500_000_000, "2": 100_000_000, "3": 900_000_000})
+    assert waiting.per_step_s(12) == pytest.approx(0.3), "of the threads that compute"
+    (tmp_path / "1" / "schedstat").write_text("words")
+    assert waiting.per_step_s(13) is None
+    assert CoreWait(tmp_path / "nowhere").per_step_s(1) is None
 
 
 def test_a_step_without_records_has_no_metrics() -> None:

@@ -27,6 +27,7 @@ from moefold.launch.metrics import read_metrics
 from moefold.launch.pretrain import pretrain
 from moefold.launch.train import Trainer
 from moefold.moe.errors import CheckpointError, DataError
+from moefold.parallel.plan import Plan
 
 pytestmark = pytest.mark.ranks
 
@@ -93,11 +94,14 @@ def test_evaluation_does_not_depend_on_the_layout(finished: Path, tmp_path: Path
     source = {"type": "text", "path": str(finished / "text.txt"), "name": "text"}
     same = {"train__steps": 6, "data__sources": [source], "checkpoint__resume": str(finished / "run")}
     seen = [read_metrics(finished / "run" / "metrics.jsonl").last("eval/loss")]
-    for world, layout in ((2, {"parallel__ep": 2}), (2, {"parallel__tp": 2}), (1, {"parallel__micro_batch": 2})):
+    planned = {"parallel__ep": 2, "parallel__plan": "auto"}
+    for world, layout in ((2, planned), (2, {"parallel__tp": 2}), (1, {"parallel__micro_batch": 2})):
         name = "-".join([str(world), *layout])
         assert pretrain_ranks(world, make_config(tmp_path, name, **same, **layout)) == [0] * world
         seen.append(read_metrics(tmp_path / name / "metrics.jsonl").last("eval/loss"))
     assert seen[1:] == pytest.approx([seen[0]] * 3, rel=1e-6)
+    own = Plan.read(tmp_path / "-".join(["2", *planned]) / "plan.json")
+    assert (own.fingerprint.world, own.fingerprint.ep, list(own.links)) == (2, 2, ["flat", "gradients"])
 
 
 # --- precision and recompute ------------------------------------------------------------------------------------------

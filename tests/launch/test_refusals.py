@@ -266,4 +266,7 @@ def test_only_what_changes_the_model_or_the_order_of_samples_stops_a_resume() ->
     assert other_run(run(), run()) is None
     assert other_run(run(), run(max_seq_len=64, moe={"balance": {"carry": 0.0}})) is None
     assert "model.num_heads: 2 in the checkpoint, 4 here" in str(other_run(run(), run(num_heads=4)))
+    # settings that a checkpoint of an older version does not name are those that change nothing
+    assert other_run(run(), run(attention_bias="none", sliding_window=None)) is None
+    assert "model.attention_bias: none in the checkpoint, qkv here" in str(other_run(run(), run(attention_bias="qkv")))
     assert "data.seed: 0 in the checkpoint, 1 here" in str(other_run(run(), {**run(), "data": {"seed": 1}}))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers import run_threads
-from moefold.launch.comm import rows_abroad
+from moefold.launch.comm_file import rows_abroad
 from moefold.launch.metrics import MetricsWriter, make_record
 from moefold.launch.report import report
 from moefold.launch.report_compress import notes, savings, sent_share

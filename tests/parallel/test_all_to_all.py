@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import GlooPool, RankError, run_threads
-from moefold.moe.dispatch import DispatchPlan, Experts, make_plan
+from moefold.moe.dispatch import DispatchPlan, Experts, Pieces, make_plan
 from moefold.parallel.all_to_all import AllToAllDispatcher, by_expert
 from moefold.parallel.mesh import build_mesh
 from moefold.parallel.topology import Topology
@@ -22,6 +22,7 @@ from moefold.parallel.transfer import exchange_rows
 
 TOPOLOGIES = ((2, 2, 1), (2, 1, 2), (4, 4, 1), (4, 2, 1), (4, 2, 2), (4, 1, 2), (4, 1, 4), (8, 4, 2))
 """(world, ep, etp)"""
+PIECES = (Pieces(3, 3), Pieces(1, 3), Pieces(2, 4), Pieces(4, 2), Pieces(2, 1))
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def plan_of(case: Case, rank: int) -> DispatchPlan:
     return make_plan(indices_TK, weights_TK, case.experts, kept_TK if case.spare else None)
 
 
-def travel(rank: int, world: int, case: Case, pieces: int = 1) -> None:
+def travel(rank: int, world: int, case: Case, pieces: int | Pieces = 1) -> None:
     """There and back on one rank; asserts what arrived, what came back, and the gradient."""
     topology = Topology(world, ep=case.ep, etp=case.etp)
     mesh = build_mesh(topology, torch.device("cpu"))
@@ -128,14 +129,14 @@ def travel(rank: int, world: int, case: Case, pieces: int = 1) -> None:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(case=cases())
-@example(case=Case(4, 4, 1, 8, ((), ((0, 1),), ((0, 7), (0, 3)), ())))
-@example(case=Case(4, 2, 2, 2, (((1,),) * 5, (), ((1,),), ((0,),))))
-@example(case=Case(2, 2, 1, 2, ((), ())))
-@example(case=Case(8, 4, 2, 4, (((3,),) * 4,) * 8, spare=1))
-def test_identity_experts_return_every_row(case: Case) -> None:
+@given(case=cases(), pieces=st.sampled_from(PIECES))
+@example(case=Case(4, 4, 1, 8, ((), ((0, 1),), ((0, 7), (0, 3)), ())), pieces=Pieces(1, 3))
+@example(case=Case(4, 2, 2, 2, (((1,),) * 5, (), ((1,),), ((0,),))), pieces=Pieces(4, 2))
+@example(case=Case(2, 2, 1, 2, ((), ())), pieces=Pieces(2, 4))
+@example(case=Case(8, 4, 2, 4, (((3,),) * 4,) * 8, spare=1), pieces=Pieces(2, 1))
+def test_identity_experts_return_every_row(case: Case, pieces: Pieces) -> None:
     run_threads(travel, case.world, case)
-    run_threads(travel, case.world, case, 3)
+    run_threads(travel, case.world, case, pieces)
 
 
 @pytest.mark.ranks
@@ -143,7 +144,7 @@ def test_identity_experts_return_every_row(case: Case) -> None:
 def test_identity_experts_return_every_row_on_processes(world: int, ep: int, etp: int, gloo_pool: GlooPool) -> None:
     uneven = tuple(tuple(((r + t) % 4, 3 - (r + t) % 2) for t in range(r % 3) if (r + t) % 4 < 2) for r in range(world))
     gloo_pool.run(travel, world, Case(world, ep, etp, 4, uneven, spare=1))
-    gloo_pool.run(travel, world, Case(world, ep, etp, 4, uneven, spare=1), 2)
+    gloo_pool.run(travel, world, Case(world, ep, etp, 4, uneven, spare=1), Pieces(2, 4))
 
 
 def gradient_against_differences(rank: int, world: int, case: Case) -> tuple[Tensor, Tensor]:
@@ -152,7 +153,7 @@ def gradient_against_differences(rank: int, world: int, case: Case) -> tuple[Ten
     The losses depend on the tokens through experts elsewhere, differently for each slice of an expert.
     """
     mesh = build_mesh(Topology(world, ep=case.ep, etp=case.etp), torch.device("cpu"))
-    dispatcher = AllToAllDispatcher(mesh.ep_etp_group, case.ep, case.etp, case.experts, pieces=2)
+    dispatcher = AllToAllDispatcher(mesh.ep_etp_group, case.ep, case.etp, case.experts, pieces=Pieces(4, 2))
     plan = plan_of(case, rank)
     generator = torch.Generator().manual_seed(rank)
     x_TD, weight_TD = torch.randn(2, len(plan.indices_TK), 2, dtype=torch.float64, generator=generator)

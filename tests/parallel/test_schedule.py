@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moefold.moe.dispatch import Pieces
 from moefold.parallel.cost_model import ComputeModel, LinkModel
 from moefold.parallel.schedule import (
     CLOSE,
@@ -19,6 +21,7 @@ from moefold.parallel.schedule import (
     LayerWork,
     Op,
     Timeline,
+    Way,
     best_chunks,
     layer_ops,
     place_gradients,
@@ -201,11 +204,28 @@ def test_a_second_message_costs_its_start_on_the_way_there_only() -> None:
         assert spans["back 1"][1] - spans["back 1"][0] == 1.5
 
 
-def test_shared_experts_that_hide_nothing_come_last_forward_and_first_backward() -> None:
-    work = flat(2.0, 2.0, shared_flops=1.0, shared_under_way=False)
-    assert when(simulate(work, costs(), 1))["shared"] == (6, 7)
-    backward = when(simulate(work, costs(), 1, backward=True))
-    assert backward["shared"] == (0, 2) and backward["back 0"] == (2, 4)
+def test_units_that_share_an_exchange_wait_for_it_together_and_leave_together() -> None:
+    work, two_in_one = flat(4.0, 6.0, shared_flops=1.0), Pieces(1, 2)
+    assert when(simulate(work, costs(), two_in_one)) == {
+        "out 0": (0, 4),
+        "shared": (0, 1),
+        "experts 0": (4, 7),
+        "experts 1": (7, 10),
+        "back 0": (10, 14),
+    }
+    assert when(simulate(work, costs(), two_in_one, backward=True)) == when(simulate(work, costs(), 2, backward=True))
+    mirrored = simulate(work, costs(), Pieces(4, 2), backward=True)
+    spans = when(mirrored)
+    assert [name for name in spans if name.startswith("back")] == ["back 1", "back 0"]
+    assert spans["experts 3"][0] == spans["back 1"][1] and spans["out 1"][0] == spans["experts 2"][1]
+    assert spans["out 0"][0] == spans["experts 0"][1]
+
+
+def test_units_cross_inner_hops_one_by_one() -> None:
+    hops = (Hop("across", line(0.0, 1.0), 4.0, 4.0, 1.0), Hop("inside", line(0.0, 1.0), 2.0, 2.0, 0.0))
+    spans = when(simulate(LayerWork(hops, 2.0), costs(), Pieces(1, 2)))
+    assert spans["out 0"] == (0, 4) and spans["back 0"] == (10, 14)
+    assert (spans["out 0 (1)"], spans["out 1 (1)"]) == ((4, 5), (7, 8))
 
 
 def test_all_experts_at_home() -> None:
@@ -213,7 +233,7 @@ def test_all_experts_at_home() -> None:
 
 
 def test_no_pieces_are_refused() -> None:
-    with pytest.raises(ValueError, match="chunks = 0"):
+    with pytest.raises(ValueError, match="0 pieces forward and 0 backward: there must be at least 1"):
         layer_ops(flat(), costs(), 0)
 
 
@@ -230,15 +250,17 @@ def layers(draw: st.DrawFn) -> tuple[LayerWork, Costs]:
     across = Hop("across", line(draw(start), 1.0), draw(size), draw(size), 1.0, draw(st.integers(1, 2)), draw(start))
     inside = Hop("inside", line(draw(start), 1.0), draw(size), draw(size), 0.0, 1, draw(start))
     hops = draw(st.sampled_from([(across,), (across, inside)]))
-    work = LayerWork(hops, draw(size), draw(st.floats(0, 3)), draw(st.booleans()))
+    work = LayerWork(hops, draw(size), draw(st.floats(0, 3)))
     models = [ComputeModel(draw(start), 1.0) for _ in range(2)]
     return work, Costs(*models, draw(st.floats(1, 2)))
 
 
 @settings(deadline=None, max_examples=60)
-@given(layers(), st.integers(1, 6), st.booleans())
-def test_any_layer_keeps_the_rules(layer: tuple[LayerWork, Costs], chunks: int, backward: bool) -> None:
+@given(layers(), st.integers(1, 6), st.integers(1, 3), st.booleans(), st.booleans())
+def test_any_layer_keeps_the_rules(layer: tuple[LayerWork, Costs], few: int, factor: int, swap: bool, backward: bool) -> None:
     work, cost = layer
+    chunks = Pieces(few * factor, few) if swap else Pieces(few, few * factor)
+    together = chunks.units // (chunks.backward if backward else chunks.forward)
     timeline = simulate(work, cost, chunks, backward=backward)
     spans = when(timeline)
     for resource in ("across", "inside", "compute"):
@@ -249,35 +271,58 @@ def test_any_layer_keeps_the_rules(layer: tuple[LayerWork, Costs], chunks: int, 
         assert gaps + timeline.busy_s(resource) == pytest.approx(timeline.makespan_s)
     assert all(span.start_s >= max((spans[n][1] for n in span.op.after), default=0.0) - 1e-9 for span in timeline.spans)
     first, then = ("back", "out") if backward else ("out", "back")
-    assert all(spans[f"{first} {i}"][1] <= spans[f"experts {i}"][0] + 1e-9 for i in range(chunks))
-    assert all(spans[f"experts {i}"][1] <= spans[f"{then} {i}"][0] + 1e-9 for i in range(chunks))
+    for unit in range(chunks.units):
+        exchange = unit // together
+        assert spans[f"{first} {exchange}"][1] <= spans[f"experts {unit}"][0] + 1e-9
+        assert spans[f"experts {unit}"][1] <= spans[f"{then} {exchange}"][0] + 1e-9
 
 
 # --- the choice ---------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(layers())
 def test_the_choice_is_that_of_brute_force(layer: tuple[LayerWork, Costs]) -> None:
-    choice = best_chunks(*layer)
-    total = {r: sum(simulate(*layer, r, backward=b).makespan_s for b in (False, True)) for r in range(1, MOST_CHUNKS + 1)}
-    near = min(total.values()) * (1 + CLOSE)
-    assert choice.chunks == min(r for r, t in total.items() if t <= near)
-    assert sum(choice.seconds(choice.chunks)) == pytest.approx(total[choice.chunks])
-    assert choice.gain == pytest.approx(total[1] / total[choice.chunks])
+    choice, total = best_chunks(*layer), {}
+    for forward, backward in itertools.product(range(1, MOST_CHUNKS + 1), repeat=2):
+        if forward % backward == 0 or backward % forward == 0:
+            pieces = Pieces(forward, backward)
+            total[pieces] = sum(simulate(*layer, pieces, backward=b).makespan_s for b in (False, True))
+    assert {way.chunks: way.both_s for way in choice.ways} == pytest.approx(total)
+    near = [pieces for pieces, t in total.items() if t <= min(total.values()) * (1 + CLOSE)]
+    assert choice.chunks in near
+    assert (choice.chunks.units, sum(pair(choice.chunks))) == min((p.units, sum(pair(p))) for p in near)
+    assert choice.gain == pytest.approx(total[Pieces()] / total[choice.chunks])
+    least = min(t for p, t in total.items() if p.forward == p.backward)
+    assert choice.mirrored.both_s <= least * (1 + CLOSE) and choice.best.both_s <= least * (1 + CLOSE)
+
+
+def pair(pieces: Pieces) -> tuple[int, int]:
+    return pieces.forward, pieces.backward
 
 
 def test_costly_starts_want_few_pieces_and_long_transfers_several() -> None:
-    assert best_chunks(flat(4.0, 4.0, alpha_s=5.0), costs()).chunks == 1
-    assert best_chunks(flat(4.0, 4.0, alpha_s=0.01), costs()).chunks > 1
-    assert best_chunks(flat(4.0, 4.0), costs(alpha_s=5.0)).chunks == 1
-    assert best_chunks(flat(4.0, 4.0), costs(contention=2.0)).chunks == 1, "nothing is gained side by side"
+    assert best_chunks(flat(4.0, 4.0, alpha_s=5.0), costs()).chunks == Pieces()
+    assert best_chunks(flat(4.0, 4.0, alpha_s=0.01), costs()).chunks.units > 1
+    assert best_chunks(flat(4.0, 4.0), costs(alpha_s=5.0)).chunks == Pieces()
+    assert best_chunks(flat(4.0, 4.0), costs(contention=2.0)).chunks == Pieces(), "nothing is gained side by side"
 
 
-def test_each_direction_has_its_own_best() -> None:
-    choice = Choice(((5.0, 9.0), (3.0, 8.0), (4.0, 6.5), (9.0, 6.0)))
-    assert (choice.forward_chunks, choice.backward_chunks, choice.chunks) == (2, 4, 3)
-    assert Choice(((1.005, 1.0), (1.0, 1.0), (0.9, 1.2))).chunks == 1, "so small a gain cannot be predicted"
+def test_each_direction_may_have_its_own_number() -> None:
+    """Experts much faster than their backward: forward has little to hide behind, and each more exchange costs its start."""
+    work = flat(4.0, 4.0, alpha_s=0.25)
+    uneven = Costs(ComputeModel(0.0, 0.05), ComputeModel(0.0, 1.0))
+    choice = best_chunks(work, uneven)
+    assert choice.chunks.forward < choice.chunks.backward
+    assert choice.best.both_s < choice.mirrored.both_s
+
+
+def test_so_small_a_gain_cannot_be_predicted() -> None:
+    ways = (Way(Pieces(1, 1), 1.005, 1.0), Way(Pieces(2, 2), 1.0, 1.0), Way(Pieces(1, 2), 0.9, 1.2))
+    assert Choice(ways).chunks == Pieces(1, 1)
+    assert Choice((*ways, Way(Pieces(2, 1), 0.9, 1.0), Way(Pieces(4, 4), 0.89, 1.0))).chunks == Pieces(2, 1)
+    with pytest.raises(KeyError):
+        Choice(ways).way(3)
 
 
 # --- gradients in gaps --------------------------------------------------------------------------------------

@@ -156,6 +156,15 @@ def test_double_precision_is_rounded_once() -> None:
     found = convert(convert(x, "F64", "BF16"), "BF16", "F32")
     assert np.array_equal(found[:6], [1 + 2**-7, 1, 1 + 2**-7, -(1 + 2**-7), np.nan, np.inf], equal_nan=True)
     assert found[6] == torch.tensor(1e-42).bfloat16().float().item()
+    # against exact arithmetic: the nearest of the two neighbours, and the even one of two that are as near
+    rng = np.random.default_rng(0)
+    x = (1 + rng.integers(0, 256, 4000) * 2.0**-8 + rng.choice([0, 1, -1], 4000) * 2.0 ** rng.integers(-50, -20, 4000)) * -3.0
+    # between 3 and 6, where BF16 numbers are 2^-6 or 2^-5 apart
+    step = np.where(np.abs(x) >= 4, 2.0**-5, 2.0**-6)
+    low = np.floor(np.abs(x) / step) * step
+    over, odd = np.abs(x) - low, np.floor(low / step) % 2 == 1
+    want = -(low + np.where((over > step / 2) | ((over == step / 2) & odd), step, 0))
+    assert (convert(convert(x, "F64", "BF16"), "BF16", "F32") == want).all()
 
 
 @pytest.mark.parametrize(("source", "target", "value"), [("F32", "F16", 7e4), ("F32", "BF16", 3.4e38), ("F64", "F32", 1e39)])
@@ -165,6 +174,15 @@ def test_what_does_not_fit_is_refused(source: str, target: str, value: float) ->
         convert(x, source, target)
     kept = convert(x[2:], source, target)
     assert np.isinf(kept if target != "BF16" else convert(kept, "BF16", "F32")).all(), "infinity was there before"
+
+
+def test_a_scaled_value_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    values = np.array([[np.nan, np.inf, 1e30]], "f4")
+    assert np.array_equal(Scaled(Given(values), 2).rows(), 2 * values, equal_nan=True), (
+        "what is not finite before may be so after"
+    )
+    with pytest.raises(CheckpointError, match="times 1e\\+10 is too large for F32"):
+        Scaled(Given(values), 1e10).rows()
 
 
 def test_dtypes_that_meet_are_widened(tmp_path: Path) -> None:

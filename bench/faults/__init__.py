@@ -1,0 +1,1 @@
+"""The job of `bench.profile_faults`."""

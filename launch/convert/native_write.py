@@ -1,0 +1,218 @@
+"""Parts written as a training checkpoint: weights only, of no layout, one shard at a time, so that memory stays small.
+
+Weights are float32 (float64 where the source is), as training keeps them. What that loses is kept beside under `exact.`: Gemma's
+files hold w where a norm multiplies by 1 + w, and float32 has not the bits for small w. Training does not look at these.
+
+While it is written, OUT is the folder OUT.partial; renaming it is the last step. A killed import leaves OUT.partial, which the
+next one begins anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from ...moe.config import ModelConfig
+from ...moe.errors import CheckpointError, MoefoldError
+from ...moe.hf.codec import carrier, work_dtype
+from ...moe.hf.families import FAMILIES, NATIVE, write_tensors
+from ...moe.hf.journal import sync_folder
+from ...moe.hf.matrix import Matrix
+from ..checkpoint import SCHEMA, described, write_complete
+from ..rundir import write_atomic
+from ..upcycle.progress import Told, size
+from .native_read import EXACT, MODEL
+from .source import shifted
+
+SHARD_BYTES = 256 << 20
+"""About how much is in memory at a time, and the size of files; one expert's matrices are not cut."""
+LOCK = "import.lock"
+"""Not the name that exports have theirs under: what an interrupted one has written is not to be removed."""
+DTYPES = (("F64", torch.float64), ("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16))
+
+
+def write_native(
+    out: Path,
+    config: ModelConfig,
+    parts: Mapping[str, Matrix],
+    *,
+    imported: Mapping[str, Any],
+    texts: Mapping[str, str],
+    carry: Sequence[Path] = (),
+    shard_bytes: int = SHARD_BYTES,
+    progress: Told | None = None,
+) -> int:
+    """Write OUT, a checkpoint directory that `checkpoint.init_from` takes under any layout; returns the bytes of its tensors.
+
+    imported: facts kept in complete.json. texts: further files, name -> contents. carry: files to copy along. shard_bytes: most
+    bytes of a file, as far as the first dimension can be cut.
+
+    Raises:
+        CheckpointError: OUT is not empty, another process writes it, the disk is too small or full, a source cannot be read.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not an empty folder: choose another, or remove it")
+    model = write_tensors(FAMILIES[NATIVE], config, parts)
+    tensors = {f"{MODEL}{name}": (matrix, work_dtype(matrix.dtype)) for name, matrix in model.items()}
+    tensors |= {f"{EXACT}{part}": (source, source.dtype) for part, matrix in parts.items() if (source := shifted(matrix))}
+    planner = _Planner(tensors, shard_bytes, progress)
+    aside = out.with_name(f"{out.name}.partial")
+    with _locked(aside):
+        _check_space(aside, planner.nbytes)
+        _save(aside, planner)
+        for path in carry:
+            shutil.copyfile(path, aside / path.name)
+        for name, text in texts.items():
+            write_atomic(aside / name, text)
+        meta = {"schema": SCHEMA, "step": 0, "tokens": 0, "model": asdict(config), "data": {}, "layout": {}}
+        shapes = {name: list(matrix.shape) for name, matrix in model.items() if not name.endswith("expert_bias_E")}
+        files = described(sorted([*aside.glob("__0_*"), aside / ".metadata"]))
+        facts = {"names": sorted(tensors), "shapes": shapes, "files": files, "imported": dict(imported)}
+        write_complete(aside, meta | facts)
+        (aside / LOCK).unlink()
+        aside.rename(out)
+        sync_folder(out.parent)
+    return planner.nbytes
+
+
+class _Planner(SavePlanner):
+    """Cuts tensors into shards, and makes each when it is written."""
+
+    def __init__(self, tensors: Mapping[str, tuple[Matrix, str]], shard_bytes: int, progress: Told | None):
+        self.tensors, self.shard_bytes, self.progress = tensors, shard_bytes, progress
+        self.nbytes = sum(matrix.nbytes(dtype) for matrix, dtype in tensors.values())
+        self.done, self.begin_s = 0, time.monotonic()
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """Nothing: the tensors are known."""
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([item for name in self.tensors for item in self._items(name)])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def _items(self, name: str) -> Iterator[WriteItem]:
+        """One shard after another along the first dimension; a vector is one."""
+        matrix, dtype = self.tensors[name]
+        shape, each = matrix.shape, matrix.nbytes(dtype) // max(1, matrix.shape[0])
+        step = shape[0] if len(shape) == 1 else max(1, self.shard_bytes // max(1, each))
+        properties = TensorProperties(dtype=dict(DTYPES)[dtype])
+        for first in range(0, shape[0], step):
+            offsets = torch.Size((first, *(0 for _ in shape[1:])))
+            chunk = ChunkStorageMetadata(offsets, torch.Size((min(step, shape[0] - first), *shape[1:])))
+            data = TensorWriteData(chunk, properties, torch.Size(shape))
+            yield WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """The values of one shard."""
+        matrix, dtype = self.tensors[write_item.index.fqn]
+        assert write_item.tensor_data is not None
+        chunk = write_item.tensor_data.chunk
+        each = prod(matrix.shape[1:-1])
+        start, stop = (0, 1) if len(matrix.shape) == 1 else (chunk.offsets[0] * each, (chunk.offsets[0] + chunk.sizes[0]) * each)
+        values = np.empty((stop - start, matrix.cols), carrier(dtype))
+        for first, last in matrix.steps(start, stop):
+            values[first - start : last - start] = matrix.block(first, last, 0, matrix.cols, dtype)
+            self.done += values[first - start : last - start].nbytes
+            if self.progress is not None:
+                self.progress("writing", self.done, self.nbytes, time.monotonic() - self.begin_s)
+        # numpy has no bfloat16: its bits travel as whole numbers
+        whole = torch.from_numpy(values.view(np.int16) if dtype == "BF16" else values)
+        return whole.view(dict(DTYPES)[dtype]).view(chunk.sizes)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Writes files of a limited size: of what is in one file, DCP keeps everything in memory until its end."""
+
+    def __init__(self, folder: Path, file_bytes: int):
+        super().__init__(folder, sync_files=True)
+        self.file_bytes = file_bytes
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        files, filled = list[list[WriteItem]](), 0
+        for item in plan.items:
+            assert item.tensor_data is not None
+            nbytes = prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+            if not files or filled + nbytes > self.file_bytes:
+                files.append([])
+                filled = 0
+            files[-1].append(item)
+            filled += nbytes
+        results: list[WriteResult] = []
+        for number, items in enumerate(files):
+            prefix = replace(plan.storage_data, prefix=f"__0_{number}_")
+            results += super().write_data(replace(plan, items=items, storage_data=prefix), planner).wait()
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _save(folder: Path, planner: _Planner) -> None:
+    """Have DCP write what the planner says."""
+    writer = _Writer(folder, planner.shard_bytes)
+    try:
+        with warnings.catch_warnings():
+            # that there is one process only is what is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        cause = error.failures[min(error.failures)][0]
+        if isinstance(cause, MoefoldError | KeyboardInterrupt):
+            raise cause from error
+        raise CheckpointError(f"{folder} cannot be written: {type(cause).__name__}: {cause}; remove it and try again") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold its lock, which the kernel frees when the process ends. What a killed import left is removed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [p.name for p in folder.iterdir()]
+        if others and LOCK not in others:
+            raise CheckpointError(f"{folder} has {others[0]} but no {LOCK}, so it is not an interrupted import: move it away")
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{folder} is being written by another process") from error
+        for path in folder.iterdir():
+            if path.name != LOCK:
+                path.unlink()
+        yield
+
+
+def _check_space(folder: Path, need: int) -> None:
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if free < need:
+        what = (
+            f"{size(need)} are to be written to {folder}, but its disk has {size(free)} free: make room, or choose another disk"
+        )
+        raise CheckpointError(what)
