@@ -6,6 +6,7 @@ alone, from the same tokens to their logits. Memory is that of one layer of each
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -91,7 +92,7 @@ class Proof:
         """Whether all numbers are."""
         numbers = [layer.worst for layer in self.layers] + [self.end.worst, self.end.kl]
         numbers += [layer.stored_worst or 0.0 for layer in self.layers] + ([self.stored.worst] if self.stored else [])
-        return all(abs(x) < float("inf") for x in numbers)
+        return all(map(math.isfinite, numbers))
 
     @property
     def passed(self) -> bool:
@@ -115,7 +116,9 @@ class Proof:
         return f"{verb} what the dense model does: {found}; {allowed}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"passed": self.passed, "line": self.line(), **asdict(self), "end_tolerance": self.end_tolerance}
+        """Plain data; None for numbers that are not finite, which JSON has not."""
+        found = {"passed": self.passed, "line": self.line(), **asdict(self), "end_tolerance": self.end_tolerance}
+        return {key: _plain(value) for key, value in found.items()}
 
 
 def tolerance_for(dtype: str, rounded: bool) -> tuple[float, str]:
@@ -212,7 +215,7 @@ def _end(dense: Side, result: Side, pair: _Pair) -> EndGap:
         p_TV, q_TV = F.log_softmax(p_TV.double(), -1), F.log_softmax(q_TV.double(), -1)
         kl += float((p_TV.exp() * (p_TV - q_TV)).sum())
         same += int((p_TV.argmax(-1) == q_TV.argmax(-1)).sum())
-    return EndGap(worst=worst, kl=max(kl, 0.0) / len(wanted_TV) if kl == kl else kl, top1=same / len(wanted_TV))
+    return EndGap(worst=worst, kl=kl if math.isnan(kl) else max(kl, 0.0) / len(wanted_TV), top1=same / len(wanted_TV))
 
 
 def relative(found: Tensor, wanted: Tensor) -> tuple[float, float]:
@@ -224,12 +227,20 @@ def relative(found: Tensor, wanted: Tensor) -> tuple[float, float]:
         rows.append(torch.stack([gap.max(), size.max(), gap.sum(), size.sum()]))
     table = torch.stack(rows)
     pairs = ((table[:, 0].max(), table[:, 1].max()), (table[:, 2].sum(), table[:, 3].sum()))
-    worst, mean = (0.0 if d == 0 else d / s if s else float("inf") for d, s in ((float(d), float(s)) for d, s in pairs))
+    worst, mean = (0.0 if d == 0 else d / s if s else math.inf for d, s in ((float(d), float(s)) for d, s in pairs))
     return worst, mean
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _rank(value: float) -> float:
-    return float("inf") if value != value else value
+    return math.inf if math.isnan(value) else value
 
 
 def model_side(config: ModelConfig, parts: Mapping[str, Matrix], through: str | None, device: str) -> Side:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -64,7 +65,9 @@ class UpcycleResult:
         """The verdict in one sentence."""
         if self.proof is not None:
             return f"{self.folder.name} {self.proof.line()}"
-        return f"{self.folder.name} was written; nobody has compared it with the dense model (proof = none)"
+        return (
+            f"{self.folder.name} was written; nobody has compared it with the dense model: --proof full does that, now or later"
+        )
 
     @property
     def tone(self) -> str:
@@ -180,14 +183,14 @@ def _facts(result: UpcycleResult) -> Part:
 def _layers(result: UpcycleResult) -> Part:
     proof = result.proof
     if proof is None:
-        return Part("proof", "Proof", None, "proof was none; without it, upcycle again with --proof full")
+        return Part("proof", "Proof", None, "nobody has made it; the same command with --proof full does")
     from ..plots import Series, lines
     from .proof import layer_rows
 
     x = [float(layer.layer) for layer in proof.layers]
-    curves = [Series("float32", x, [layer.worst for layer in proof.layers])]
+    curves = [Series("float32", x, [_drawn(layer.worst) for layer in proof.layers])]
     if proof.stored is not None:
-        curves.append(Series(proof.stored_dtype, x, [layer.stored_worst or 0.0 for layer in proof.layers]))
+        curves.append(Series(proof.stored_dtype, x, [_drawn(layer.stored_worst) for layer in proof.layers]))
     head = ["layer", "kind", "largest, float32", "mean, float32", f"largest, {proof.stored_dtype}", f"mean, {proof.stored_dtype}"]
     rows = layer_rows(proof.layers)
     plot = lines("layers", "Difference by layer", "layer", "largest difference / largest value", curves, from_zero=True)
@@ -207,6 +210,11 @@ def _layers(result: UpcycleResult) -> Part:
     shown = figure("Difference by layer", plot, says, JSON, csv_link("layers", head, rows, JSON))
     expected = f"<p>{escape(f'Expected: {proof.expected}.')}</p>" if proof.expected else ""
     return Part("proof", "Proof", join(expected, end, shown, table("By layer", head, rows)))
+
+
+def _drawn(value: float | None) -> float:
+    """What a plot can show: a gap for values that are not finite."""
+    return value if value is not None and math.isfinite(value) else math.nan
 
 
 def _choice(result: UpcycleResult) -> Part:

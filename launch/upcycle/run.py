@@ -7,7 +7,6 @@ made is in OUT.unproven(.partial), and gets its name when it has been proven.
 from __future__ import annotations
 
 import difflib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +19,7 @@ from ...moe.errors import CheckpointError, ConfigError, Problem
 from ...moe.hf.codec import common_dtype
 from ...moe.hf.families import carried, read_parts, write_tensors
 from ...moe.hf.family import Runtime
-from ...moe.hf.files import CONFIG, Checkpoint
+from ...moe.hf.files import CONFIG, Checkpoint, read_json
 from ...moe.hf.journal import JOURNAL
 from ...moe.hf.matrix import Matrix
 from ...moe.hf.rewrites import rewritten
@@ -33,7 +32,7 @@ from .manifest import Source, make_manifest, narrower, rounds, source_hashes, te
 from .progress import Told
 from .recipe import FILE as RECIPE
 from .recipe import recipe
-from .report import ProofError, UpcycleResult
+from .report import JSON, ProofError, UpcycleResult
 from .targets import AUTO, Choice, choose, family_named
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -99,8 +98,8 @@ def upcycle(
             that fails its proof, which is kept beside under another name.
     """
     out, told = Path(out).absolute(), progress if progress is not None else _untold
-    _check_arguments(proof, proof_tokens, dtype, device, options)
-    _check_out(out)
+    _check_arguments(proof, proof_tokens, runtime, dtype, device, options)
+    _check_out(out, proof)
     folders = [dense] if isinstance(dense, (str, PathLike)) else list(dense)
     plan = make_plan([Path(folder) for folder in folders], target, runtime, dtype, inexact_ok, options)
     if say is not None:
@@ -109,6 +108,10 @@ def upcycle(
     cache = out.with_name(out.name + ".sources.json")
     hashes = source_hashes(plan.sources, cache, told)
     manifest = make_manifest(plan.sources, hashes, plan.choice.taken, uses, runtime=runtime, dtype=plan.dtype)
+    if _unproven(out):
+        # complete, but not proven: taken up from there
+        _check_same(out, manifest)
+        out.rename(_staging(out))
     written, peak = _write(_staging(out), plan, manifest, shard_bytes, told)
     try:
         return _finish(out, plan, manifest, written, peak, None if proof == "none" else proof_tokens, device, told)
@@ -154,11 +157,8 @@ def _write(
     staging: Path, plan: Plan, manifest: Mapping[str, Any], shard_bytes: int, told: Told
 ) -> tuple[Written | None, int | None]:
     """Write the files, unless an interrupted run has; (what was written, most memory of this process)."""
-    there = staging / MANIFEST
-    if there.is_file() and not (staging / JOURNAL).is_file():
-        found = json.loads(there.read_text(encoding="utf-8"))
-        if {key: value for key, value in found.items() if key != "files"} != manifest:
-            raise CheckpointError(f"{staging} was made with other options, sources or another version: remove it to start again")
+    if (staging / MANIFEST).is_file() and not (staging / JOURNAL).is_file():
+        _check_same(staging, manifest)
         return None, None
     clean = "torch" not in sys.modules
     written = write_checkpoint(
@@ -171,6 +171,13 @@ def _write(
         progress=lambda done, total, seconds: told("writing", done, total, seconds),
     )
     return written, _peak_bytes() if clean else None
+
+
+def _check_same(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a folder that was written as something else."""
+    found = read_json(folder / MANIFEST, "it says what was written")
+    if {key: value for key, value in found.items() if key != "files"} != manifest:
+        raise CheckpointError(f"{folder} was made with other options, sources or another version: remove it to start again")
 
 
 def _peak_bytes() -> int | None:
@@ -260,16 +267,25 @@ def _staging(out: Path) -> Path:
     return out.with_name(out.name + ".unproven")
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        done = " (an upcycled model that is complete)" if (out / RECIPE).is_file() and (out / MANIFEST).is_file() else ""
+def _check_out(out: Path, proof: str) -> None:
+    again = proof == "full" and _unproven(out) and not _staging(out).exists()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not again:
+        done = " (an upcycled model that is complete)" if (out / JSON).is_file() else ""
         raise CheckpointError(f"{out} exists and is not an empty folder{done}: choose another, or remove it")
 
 
-def _check_arguments(proof: str, proof_tokens: int, dtype: str | None, device: str, options: Mapping[str, Any]) -> None:
+def _unproven(out: Path) -> bool:
+    """Whether a folder holds a complete result of ours that was not compared with the dense model."""
+    return (out / JSON).is_file() and read_json(out / JSON, "").get("proof", False) is None
+
+
+def _check_arguments(
+    proof: str, proof_tokens: int, runtime: str, dtype: str | None, device: str, options: Mapping[str, Any]
+) -> None:
     problems = []
     legal = (
         ("proof", proof, ("full", "none")),
+        ("runtime", runtime, ("transformers", "vllm")),
         ("dtype", dtype, (None, "fp32", "bf16", "fp16")),
         ("device", device, ("auto", "cpu", "cuda")),
     )

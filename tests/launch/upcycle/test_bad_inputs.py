@@ -13,8 +13,10 @@ import pytest
 from moefold.launch.upcycle import upcycle
 from moefold.launch.upcycle.advise import advise
 from moefold.launch.upcycle.progress import Bar, size
+from moefold.launch.upcycle.targets import choose
 from moefold.moe.config import ModelConfig
 from moefold.moe.errors import CheckpointError, ConfigError, MoefoldError
+from moefold.moe.hf.families import FAMILIES
 from moefold.moe.hf.rules import copies
 
 
@@ -85,6 +87,7 @@ def test_a_source_that_cannot_be_read(damage: Callable[[Path], object], says: st
         ({"num_experts": 4, "target": "deepseek_v3"}, "one rotary key for all heads"),
         ({"num_experts": 4, "target": "llama"}, "has layers with experts, and this format has none"),
         ({"num_experts": 4, "dtype": "int8", "proof": "some"}, "upcycle.dtype: is 'int8'; legal: None, fp32, bf16, fp16"),
+        ({"num_experts": 4, "runtime": "vlm"}, "upcycle.runtime: is 'vlm'; legal: transformers, vllm"),
         ({"num_experts": 4, "proof_tokens": 0}, "for none, set proof = 'none'"),
         (
             {"num_experts": 4, "target": "mixtral", "num_shared_experts": 1},
@@ -114,8 +117,6 @@ DENSE = ModelConfig(dim=64, num_layers=4, num_heads=4, vocab_size=256, max_seq_l
 
 @pytest.mark.parametrize(("tokens", "verdict"), [(1e9, "upcycle"), (8e9, "undecided"), (4e10, "scratch")])
 def test_advice_follows_from_compute(tokens: float, verdict: str) -> None:
-    from moefold.moe.hf.families import FAMILIES
-
     result = copies(DENSE, FAMILIES["mixtral"])
     advice = advise(DENSE, result, dense_tokens=1e10, tokens=tokens)
     each = result.flops_per_token(128) / DENSE.flops_per_token(128)
@@ -126,6 +127,11 @@ def test_advice_follows_from_compute(tokens: float, verdict: str) -> None:
     assert advice.to_dict()["evidence"]
     with pytest.raises(ConfigError, match="tokens: is 0"):
         advise(DENSE, result, dense_tokens=1e10, tokens=0)
+
+
+def test_a_model_with_experts_is_no_start() -> None:
+    with pytest.raises(ConfigError, match="starts from a dense model, but the one given has experts already"):
+        choose([copies(DENSE, FAMILIES["mixtral"])], "auto", {"num_experts": 4})
 
 
 class Terminal:

@@ -111,7 +111,7 @@ def test_several_models_are_merged(dense_model: Any, tmp_path: Path) -> None:
     assert result.config.moe is not None and result.config.moe.num_experts == 2
     assert [s["dtype"] for s in result.manifest["sources"]] == ["F32", "BF16"]
     assert result.tone == "warn" and "nobody has compared it" in result.line
-    assert "upcycle again with --proof full" in result.page()
+    assert "the same command with --proof full does" in result.page()
 
 
 class Killed(BaseException):
@@ -149,9 +149,21 @@ def test_the_same_call_goes_on_with_an_interrupted_run(stage: str, part: float, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
     with pytest.raises(CheckpointError, match="an upcycled model that is complete"):
         upcycle(source, out, **SIZES)
+    # what was not proven at first can be later, but only as what it is
+    with pytest.raises(CheckpointError, match="whole was made with other options"):
+        upcycle(source, whole, **SIZES, seed=1)
+    if stage == "proof":
+        later = upcycle(source, whole, **SIZES)
+        assert (
+            later.written is None
+            and later.proof is not None
+            and later.proof.passed
+            and files(whole).keys() == ours.keys() | {"pretrain.toml"}
+        )
 
 
-def test_a_result_that_fails_its_proof_is_put_aside(dense_model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "says"), [(0.5, "does NOT compute what the dense model does"), (np.nan, "not finite")])
+def test_a_result_that_fails_its_proof_is_put_aside(value: float, says: str, dense_model: Any, tmp_path: Path) -> None:
     """The last values written are spoilt before they are read back."""
 
     def spoil(stage: str, done: int, total: int, seconds: float) -> None:
@@ -159,18 +171,20 @@ def test_a_result_that_fails_its_proof_is_put_aside(dense_model: Any, tmp_path: 
             file = tmp_path / "out.unproven.partial" / "model.safetensors"
             raw = bytearray(file.read_bytes())
             at = raw.index(b"}}") + 2
-            raw[-4096:] = np.full(1024, 0.5, "<f4").tobytes()
+            raw[-4096:] = np.full(1024, value, "<f4").tobytes()
             assert at < len(raw) - 4096
             file.write_bytes(raw)
 
     (tmp_path / "out.failed-proof").mkdir()
-    with pytest.raises(ProofError, match="does NOT compute what the dense model does") as error:
+    with pytest.raises(ProofError, match=says) as error:
         upcycle(dense_model(), tmp_path / "out", **SIZES, progress=spoil)
     aside = tmp_path / "out.failed-proof-1"
     assert error.value.exit_code == 3 and error.value.path == aside and error.value.result.exit_code == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.failed-proof", aside.name]
     assert not (aside / "config.json").exists() and (aside / "config.failed-proof.json").exists()
-    assert "does NOT compute" in (aside / "upcycle.html").read_text()
+    assert says in (aside / "upcycle.html").read_text()
+    proof = json.loads((aside / "upcycle.json").read_text(), parse_constant=pytest.fail)["proof"]
+    assert not proof["passed"] and (proof["end"]["worst"] is None) == np.isnan(value)
 
 
 def test_real_text_is_used_where_the_tokenizer_can_be_read(dense_model: Any, tmp_path: Path) -> None:
