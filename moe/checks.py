@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -13,13 +14,19 @@ from .errors import ConfigError, Problem
 _WORDS = MappingProxyType({int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "None"})
 
 
+@functools.cache
+def _hints(record: type[Any]) -> dict[str, Any]:
+    # evaluating annotations takes longer than all checks of a record
+    return get_type_hints(record)
+
+
 def check_types(owner: Any, path: str) -> None:
     """Raise `ConfigError` naming every field of a record whose value is not of its annotated type, with what would be legal.
 
     Files and flags are checked before a record is built; this is for records built in Python. Comes first in `__post_init__`,
     because the checks of values may rely on it.
     """
-    hints = get_type_hints(type(owner))
+    hints = _hints(type(owner))
     values = {f.name: getattr(owner, f.name) for f in fields(owner)}
     raise_if(
         [

@@ -155,7 +155,8 @@ def _pair_tables(profile: CommProfile) -> list[str]:
     pairs = profile.pairs
     if pairs is None:
         return ["pairs of ranks: not measured"]
-    about = f"{pairs.done} rounds of disjoint pairs, {size_text(pairs.nbytes)} a shot, {pairs.seconds:.1f} s"
+    rounds = f"{pairs.done} round{'s' * (pairs.done != 1)} of disjoint pairs"
+    about = f"{rounds}, {size_text(pairs.nbytes)} a shot, {pairs.seconds:.1f} s"
     lines = [f"pairs of ranks ({about}); from row to column"]
     names = profile.node_names
     if len(names) > 1:

@@ -193,7 +193,9 @@ def _layers(result: UpcycleResult) -> Part:
         curves.append(Series(proof.stored_dtype, x, [_drawn(layer.stored_worst) for layer in proof.layers]))
     head = ["layer", "kind", "largest, float32", "mean, float32", f"largest, {proof.stored_dtype}", f"mean, {proof.stored_dtype}"]
     rows = layer_rows(proof.layers)
-    plot = lines("layers", "Difference by layer", "layer", "largest difference / largest value", curves, from_zero=True)
+    plot = lines(
+        "layers", "Difference by layer", "layer", "largest difference / largest value", curves, from_zero=True, wide=True
+    )
     says = (
         "What each layer's feed-forward network adds to the residual stream, dense and upcycled, for the same input. Largest: "
         f"largest difference / largest value; mean: likewise. Allowed: {proof.tolerance:.1e} ({proof.tolerance_says}). "

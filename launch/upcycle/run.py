@@ -78,7 +78,7 @@ def upcycle(
 
     Args:
         dense: folder of a Hugging Face checkpoint, or several for methods that take several.
-        out: folder to make; must not exist, or be empty.
+        out: folder to make; must not exist, be empty, or hold this very result, not proven yet.
         target: model_type to write, "native" for our own format, or "auto": the best that holds the model exactly.
         runtime: program that is to run it; what it ignores of config.json counts as not held.
         dtype: of the weights; None = as stored. Routers are always float32.
@@ -94,8 +94,8 @@ def upcycle(
     Raises:
         ConfigError: options that do not fit; `RefusedError` with every reason where the target does not hold the model or the
             method is not exact.
-        CheckpointError: sources that cannot be read, an output folder that is not empty, a full disk; `ProofError` for a result
-            that fails its proof, which is kept beside under another name.
+        CheckpointError: sources that cannot be read, a folder that is not empty, a full disk; `ProofError` for a result that
+            fails its proof, which is kept beside under another name.
     """
     out, told = Path(out).absolute(), progress if progress is not None else _untold
     _check_arguments(proof, proof_tokens, runtime, dtype, device, options)
@@ -104,15 +104,9 @@ def upcycle(
     plan = make_plan([Path(folder) for folder in folders], target, runtime, dtype, inexact_ok, options)
     if say is not None:
         say("\n".join(plan.choice.lines()))
-    uses = tensor_uses(plan.sources, plan.tensors, plan.options)
     cache = out.with_name(out.name + ".sources.json")
-    hashes = source_hashes(plan.sources, cache, told)
-    manifest = make_manifest(plan.sources, hashes, plan.choice.taken, uses, runtime=runtime, dtype=plan.dtype)
-    if _unproven(out):
-        # complete, but not proven: taken up from there
-        _check_same(out, manifest)
-        out.rename(_staging(out))
-    written, peak = _write(_staging(out), plan, manifest, shard_bytes, told)
+    manifest = _manifest(plan, runtime, cache, told)
+    written, peak = _write(out, plan, manifest, shard_bytes, told)
     try:
         return _finish(out, plan, manifest, written, peak, None if proof == "none" else proof_tokens, device, told)
     finally:
@@ -146,6 +140,12 @@ def make_plan(
     return Plan(sources, choice, taken.options, config, tensors, config_json, main, rounded)
 
 
+def _manifest(plan: Plan, runtime: Runtime, cache: Path, told: Told) -> dict[str, Any]:
+    uses = tensor_uses(plan.sources, plan.tensors, plan.options)
+    hashes = source_hashes(plan.sources, cache, told)
+    return make_manifest(plan.sources, hashes, plan.choice.taken, uses, runtime=runtime, dtype=plan.dtype)
+
+
 def _dtype(matrix: Matrix, parts: tuple[str, ...], main: str, keep: bool) -> str:
     """How a tensor is stored: routers in F32, others in `main`; with keep, vectors (norms) that need more bits as they are."""
     if any(part.endswith((".moe.router", ".moe.router_bias")) for part in parts):
@@ -153,10 +153,13 @@ def _dtype(matrix: Matrix, parts: tuple[str, ...], main: str, keep: bool) -> str
     return matrix.dtype if keep and len(matrix.shape) == 1 and narrower(main, matrix.dtype) else main
 
 
-def _write(
-    staging: Path, plan: Plan, manifest: Mapping[str, Any], shard_bytes: int, told: Told
-) -> tuple[Written | None, int | None]:
-    """Write the files, unless an interrupted run has; (what was written, most memory of this process)."""
+def _write(out: Path, plan: Plan, manifest: Mapping[str, Any], shard_bytes: int, told: Told) -> tuple[Written | None, int | None]:
+    """Write the files, unless an earlier run has; (what was written, most memory of this process)."""
+    staging = _staging(out)
+    if _unproven(out):
+        # complete, but not proven: taken up from there
+        _check_same(out, manifest)
+        out.rename(staging)
     if (staging / MANIFEST).is_file() and not (staging / JOURNAL).is_file():
         _check_same(staging, manifest)
         return None, None

@@ -74,7 +74,11 @@ class Choice:
     def lines(self) -> list[str]:
         """Why this one, in a line for each format."""
         name = self.taken.target
-        others = [f"not {other}: {verdict}" for other, verdict in self.considered.items() if other != name]
+        others = [
+            f"{'also' if verdict.startswith('exact') else 'not'} {other}: {verdict}"
+            for other, verdict in self.considered.items()
+            if other != name
+        ]
         return [f"format {name}: {self.considered[name]}", *others]
 
 

@@ -95,7 +95,7 @@ def moe_model(dense: ModelConfig, options: UpcycleOptions, sizes: Sizes, num_exp
         num_groups=num_groups,
         top_groups=1 if num_groups == 1 else options.top_k // options.pieces,
         # each is how the formats that have this limit with that score do it; on equal rows they order groups alike
-        group_score="top2_sum" if options.score == "sigmoid" else "max",
+        group_score="max" if num_groups > 1 and options.score == "softmax" else "top2_sum",
     )
     whole = sizes.shared_dim % sizes.expert_dim == 0
     moe = MoEConfig(

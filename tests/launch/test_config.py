@@ -130,7 +130,11 @@ def test_all_problems_of_all_files_and_flags_come_together(write):
         ("train.top_k = 1", "train.top_k", "unknown key; did you mean 'model.moe.top_k'?"),
         ("train.seq_len = 1", "train.seq_len", "unknown key; did you mean 'data.seq_len'?"),
         ("zzz.lr = 1", "zzz", "unknown key; sections: model, run, parallel, data, train, checkpoint, log"),
-        ("log.colour = 1", "log.colour", "unknown key; keys of [log]: every, tensorboard, comm, gpu, trace_steps, trace_ranks, report"),
+        (
+            "log.colour = 1",
+            "log.colour",
+            "unknown key; keys of [log]: every, tensorboard, comm, gpu, trace_steps, trace_ranks, report",
+        ),
         ("train.zzz.lr = 1", "train.zzz", "unknown key; keys of [train]: steps,"),
         ("log = 3", "log", "is 3, but must be a table of settings"),
         ("train.lr = true", "train.lr", "is true, but must be a number"),

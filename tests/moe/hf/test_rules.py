@@ -254,3 +254,9 @@ def test_no_torch_is_imported() -> None:
     code = "import sys, moefold.moe.hf.rules; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_the_readme_has_the_table() -> None:
+    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("<!-- rules -->\n")[2].partition("<!-- /rules -->")[0]
+    assert shown == markdown(rule_table()), "print it again: moefold.moe.hf.rules.markdown(rule_table())"
