@@ -24,7 +24,7 @@ from ..parallel.nodes import NodeMap, two_levels
 from ..parallel.plan import LayerPlan, ModelSummary, Plan, fingerprint, layer_work
 from ..parallel.schedule import MOST_CHUNKS, Choice, Costs, LayerWork, Placement, best_chunks, place_gradients, simulate
 from ..parallel.topology import Topology
-from .config import Loaded, check_world
+from .layout import check_topology
 from .plan_text import size_text
 from .process import Rank, as_named, choose_device, joined
 from .rundir import write_atomic
@@ -119,7 +119,7 @@ def plan(config: RunConfig, *, measure_s: float = MEASURE_S, out: str | None = N
         TopologyError: the configuration cannot be laid out on these ranks.
     """
     here = Rank.here()
-    topology = _topology(config, here)
+    topology = check_topology(config, here, "plan")
     if not 0 < measure_s < float("inf"):
         raise ConfigError([Problem("--measure-s", f"is {measure_s}, but must be a positive number of seconds")])
     if out is not None and here.rank == 0 and not Path(out).absolute().parent.is_dir():
@@ -138,16 +138,6 @@ def plan(config: RunConfig, *, measure_s: float = MEASURE_S, out: str | None = N
             write_atomic(Path(out), result.plan.to_json())
         result = replace(result, out=out)
     return result
-
-
-def _topology(config: RunConfig, here: Rank) -> Topology:
-    try:
-        return check_world(Loaded(config, {}), here.world)
-    except TopologyError as error:
-        if here.launched:
-            raise
-        hint = "is 1: this process was not started by torchrun; use `torchrun --nproc-per-node N -m moefold.launch.plan ...`"
-        raise TopologyError([*error.problems, Problem("world", hint)]) from error
 
 
 def _plan(config: RunConfig, topology: Topology, device: torch.device, rank: int, measure_s: float) -> PlanResult:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..moe.config import CompressConfig, with_defaults
-from ..moe.errors import CheckpointError, DataError, MoefoldError, NumericsError, Problem, TopologyError
+from ..moe.errors import CheckpointError, DataError, MoefoldError, NumericsError
 from ..parallel.apply import LayerPieces, compute_dtype
 from ..parallel.engine import Engine, OptimizerSettings
 from ..parallel.mesh import Mesh, build_mesh, nodes_for
@@ -22,7 +22,7 @@ from ..parallel.recorder import CommRecorder
 from ..parallel.topology import Topology
 from .checkpoint import Checkpointer
 from .comm import watch_stalls
-from .config import Loaded, check_world, dump
+from .config import dump
 from .data.bigram import baseline
 from .data.documents import Problems, label, list_files
 from .data.indexed import IndexedTokens, stem
@@ -31,6 +31,7 @@ from .data.tokenizer import load_tokenizer
 from .evaluate import Evaluation, sample_text
 from .instruments import open_instruments
 from .kernel_check import check_backend, describe_kernels
+from .layout import check_topology
 from .metrics import Sinks
 from .plan_run import open_comm, plan_for_run
 from .process import Crew, PeerFailedError, Rank, StopRequest, as_named, choose_device, is_secondary, joined, record_failure
@@ -64,18 +65,6 @@ class RunResult:
     evaluation: Evaluation | None
 
 
-def check_topology(config: RunConfig, here: Rank, origins: Mapping[str, str] | None = None) -> Topology:
-    """The layout of this world. Raises TopologyError with every problem, and how to start more ranks if this is one alone."""
-    try:
-        return check_world(Loaded(config, origins or {}), here.world)
-    except TopologyError as error:
-        p = config.parallel
-        if here.launched or max(p.dp or 1, p.hsdp, p.tp, p.ep, p.etp) == 1:
-            raise
-        hint = "is 1: this process was not started by torchrun; use `torchrun --nproc-per-node N -m moefold.launch.pretrain ...`"
-        raise TopologyError([*error.problems, Problem("world", hint)]) from error
-
-
 def pretrain(config: RunConfig, *, origins: Mapping[str, str] | None = None) -> RunResult:
     """Train a model as `config` says; every rank calls it. Under torchrun it joins the other ranks, else it runs alone.
 
@@ -87,7 +76,7 @@ def pretrain(config: RunConfig, *, origins: Mapping[str, str] | None = None) -> 
         PeerFailedError: another rank ended the run.
     """
     here = Rank.here()
-    topology = check_topology(config, here, origins)
+    topology = check_topology(config, here, origins=origins)
     device = choose_device(config.train.device, here)
     if config.model.moe is not None:
         check_backend(config.model.moe, device)

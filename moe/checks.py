@@ -26,7 +26,7 @@ def check_types(owner: Any, path: str) -> None:
     Files and flags are checked before a record is built; this is for records built in Python. Comes first in `__post_init__`,
     because the checks of values may rely on it.
     """
-    hints = _hints(type(owner))
+    hints = _hints(owner.__class__)
     values = {f.name: getattr(owner, f.name) for f in fields(owner)}
     raise_if(
         [

@@ -9,7 +9,6 @@ next one begins anew.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
@@ -37,6 +36,7 @@ from ...moe.errors import CheckpointError, MoefoldError
 from ...moe.hf.codec import carrier, work_dtype
 from ...moe.hf.families import FAMILIES, NATIVE, write_tensors
 from ...moe.hf.journal import sync_folder
+from ...moe.hf.lock import locked
 from ...moe.hf.matrix import Matrix
 from ..checkpoint import SCHEMA, described, write_complete
 from ..rundir import write_atomic
@@ -188,20 +188,11 @@ def _save(folder: Path, planner: _Planner) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder and hold its lock, which the kernel frees when the process ends. What a killed import left is removed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        others = [p.name for p in folder.iterdir()]
-        if others and LOCK not in others:
-            raise CheckpointError(f"{folder} has {others[0]} but no {LOCK}, so it is not an interrupted import: move it away")
-        file = (folder / LOCK).open("w")
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"{folder} is being written by another process") from error
+    """Make the folder and hold its lock. What a killed import left there is removed."""
+    others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    if others and LOCK not in others:
+        raise CheckpointError(f"{folder} has {others[0]} but no {LOCK}, so it is not an interrupted import: move it away")
+    with locked(folder, LOCK):
         for path in folder.iterdir():
             if path.name != LOCK:
                 path.unlink()

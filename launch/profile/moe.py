@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 
 from ... import __version__
-from ...moe.errors import CommError, ConfigError, MoefoldError, Problem, TopologyError
+from ...moe.errors import CommError, ConfigError, MoefoldError, Problem
 from ...parallel.engine import Engine
 from ...parallel.mesh import find_nodes
 from ...parallel.plan import ModelSummary
 from ...parallel.step_profile import StepProfile, profile_steps
 from ...parallel.step_volume import Way, expert_blocks
 from ...parallel.topology import Topology
-from ..config import Loaded, check_world
+from ..layout import check_topology
 from ..process import Rank, as_named, choose_device, is_secondary, joined
 from ..settings import RunConfig
 from .case import Case, Load, one_layer
@@ -143,7 +143,7 @@ def profile_moe(
     if not whole_step:
         config = replace(config, model=one_layer(config.model))
     here = Rank.here()
-    topology = _topology(config, here)
+    topology = check_topology(config, here, "profile moe")
     device = choose_device(config.train.device, here)
     tell = progress if here.rank == 0 else (lambda _: None)
     with joined(here, device, timeout_s=config.parallel.timeout_s, threads=config.train.threads):
@@ -174,17 +174,6 @@ def _check(config: RunConfig, steps: int, measure: int | None, measure_s: float)
         problems.append(Problem("--measure", f"is {measure}, but must be a number of ways, 0 for none, or 'all'"))
     if problems:
         raise ConfigError(problems)
-
-
-def _topology(config: RunConfig, here: Rank) -> Topology:
-    try:
-        return check_world(Loaded(config, {}), here.world)
-    except TopologyError as error:
-        if here.launched:
-            raise
-        hint = "is 1: this process was not started by torchrun; use "
-        hint += "`torchrun --nproc-per-node N -m moefold.launch.profile moe ...`"
-        raise TopologyError([*error.problems, Problem("world", hint)]) from error
 
 
 def _profile(

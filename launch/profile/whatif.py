@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from ...moe.errors import ConfigError
 from ...parallel.apply import build_dispatcher, compute_dtype
-from ...parallel.cost_model import measure_contention, measure_experts, measure_links
+from ...parallel.cost_model import ComputeModel, LinkFit, measure_contention, measure_experts, measure_links
 from ...parallel.engine import Engine
 from ...parallel.forced_routing import choices_of
 from ...parallel.plan import ModelSummary
@@ -37,6 +38,8 @@ RATES, PIECES, WIRES = (0.5, 0.2), (1, 2, 4), ("none", "int8", "e4m3")
 """What is asked of every dispatcher: parts of rows that travel, pieces, and types on the wire."""
 FEW_ROWS = 16
 """Rows of the smallest measurement of the experts, at least."""
+LONG_S, MOST_TIMES = 0.1, 8
+"""Of products that are to tell contention on a CPU: how long they should take, and at most how many times a layer's rows."""
 WARM_UPS = 3
 """Times that a layer's rows are sent before links are measured."""
 MOST_FOLDINGS = 6
@@ -186,14 +189,27 @@ def measure_folding(
     if contention is None:
         contention = 1.0
         if "flat" in links:
-            flat = links["flat"]
-            size = min(flat.model.fits(experts[0].model.seconds(6.0 * load.dim * shape[2] * rows)), flat.samples[-1][0])
-            size = max(size, flat.samples[0][0])
-            contention = measure_contention(mesh, int(size), *shape, rows, budget_s=0.2 * budget_s, **kind)
+            most = MOST_TIMES if mesh.device.type == "cpu" else 1
+            size, many = side_by_side(rows, 6.0 * load.dim * shape[2], links["flat"], experts[0].model, most)
+            contention = measure_contention(mesh, size, *shape, many, budget_s=0.2 * budget_s, **kind)
     calls = sharding_calls(config.model, mesh, tokens=tokens * topology.tp, micros=case.micros, value_bytes=dtype.itemsize)
     sharding, parameters = measure_calls(calls, mesh), parameters_of(config.model, mesh)
     packed = replace(config.model.moe.compress, wire="int8").row_bytes(config.model.dim, dtype.itemsize)
     return Folding(load, links, experts, contention, sharding, parameters, packed)
+
+
+def side_by_side(rows: int, row_flops: float, flat: LinkFit, forward: ComputeModel, most: int) -> tuple[int, int]:
+    """(bytes that leave a rank, rows of the experts): an exchange and products that take about as long, to be timed together.
+
+    Where threads share cores, an exchange that starts beside products waits for its turn once, however long it is. Of short ones
+    that would be most of the contention, so the rows are taken up to `most` times, until their products take `LONG_S` or the
+    largest exchange that the link was fitted to.
+    """
+    sizes = [size for size, _ in flat.samples]
+    once_s, long_s = forward.seconds(row_flops * rows), min(LONG_S, flat.model.seconds(sizes[-1]))
+    times = min(most, max(1, math.ceil(long_s / once_s))) if once_s > 0 else 1
+    size = flat.model.fits(forward.seconds(row_flops * rows * times))
+    return int(max(sizes[0], min(size, sizes[-1]))), rows * times
 
 
 def _warm_up(case: Case, ways: Sequence[Way], choices_TK: torch.Tensor) -> None:

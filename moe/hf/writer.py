@@ -15,7 +15,6 @@ what had to be computed, from the first place where it was written.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import time
@@ -31,6 +30,7 @@ from .codec import item_bytes
 from .copying import RangeCopier, write_all
 from .files import CONFIG, INDEX, Progress, file_sha256
 from .journal import JOURNAL, Background, Journal, sync_folder, write_durably
+from .lock import locked
 from .matrix_base import Chunk, FileRange
 from .shards import Layout, Shard, Slot, Tensors, as_text, lay_out, plan_hash
 
@@ -104,7 +104,7 @@ def write_checkpoint(
     sources = frozenset(carry).union(*(matrix.sources() for matrix, _ in tensors.values()))
     wanted = Journal(plan, {str(path): _stamp(path) for path in sorted(sources)})
     partial = out.with_name(out.name + ".partial")
-    with _locked(partial):
+    with locked(partial, LOCK):
         journal = _begin(partial, wanted)
         stream = _Stream(partial, layout, journal, journal_bytes, progress if progress is not None else _nobody, digests)
         resumed = stream.done
@@ -267,22 +267,6 @@ def _kept(folder: Path, stream: _Stream) -> Iterator[None]:
             f"{reason}. {_size(stream.kept)} of {_size(total)} are kept there: {way} to go on from them, or remove {folder}"
         ) from error
     stream.close(keep=False)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder and hold its lock. The kernel frees it when the process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"{folder} is being written by another process") from error
-        yield
 
 
 def _begin(folder: Path, wanted: Journal) -> Journal:

@@ -24,7 +24,8 @@ from jobs import (
     write_corpus,
 )
 from moefold.launch.data.indexed import IndexedWriter
-from moefold.launch.pretrain import changes, check_topology, other_run
+from moefold.launch.layout import check_topology
+from moefold.launch.pretrain import changes, other_run
 from moefold.launch.process import Rank
 from moefold.launch.rundir import RunDir
 from moefold.moe.errors import TopologyError

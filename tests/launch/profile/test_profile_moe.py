@@ -20,9 +20,10 @@ from moefold.launch.profile.case import Case, Load, one_layer
 from moefold.launch.profile.moe import LAYER_STAGES, MoeProfile, profile_moe
 from moefold.launch.profile.page import page_html
 from moefold.launch.profile.verbs_moe import VERB, _measure
-from moefold.launch.profile.whatif import candidates, near_foldings
+from moefold.launch.profile.whatif import candidates, near_foldings, side_by_side
 from moefold.launch.settings import RunConfig, SourceConfig
 from moefold.moe.errors import ConfigError, DataError, TopologyError
+from moefold.parallel.cost_model import ComputeModel, LinkFit, LinkModel
 from moefold.parallel.nodes import NodeMap
 from moefold.parallel.topology import Topology
 
@@ -159,6 +160,21 @@ def test_ways_that_come_into_question() -> None:
     exact = case(8, NodeMap.by_size(8, 2), **{"parallel.ep": 4, "train.precision": "fp64"})
     assert {w.wire for w in candidates(exact)} == {"none"}
     assert {w.dispatcher for w in candidates(case(8, NodeMap.by_size(8, 8), **{"parallel.ep": 4}))} == {"all_to_all"}
+
+
+def test_contention_is_told_from_long_exchanges_and_products() -> None:
+    sizes = (1e4, 2e6)
+
+    def link(s_per_byte: float) -> LinkFit:
+        return LinkFit("all_to_all", 8, LinkModel(0.0, s_per_byte), tuple((size, s_per_byte * size) for size in sizes), 0.0, 0.0)
+
+    forward, slow, fast = ComputeModel(0.0, 1e-10), link(2e-7), link(1e-9)
+    # 1000 rows take 10 ms: ten times as many would take long, but eight is the most
+    assert side_by_side(1000, 1e5, slow, forward, 8) == (pytest.approx(0.08 / 2e-7, abs=1), 8000)
+    assert side_by_side(5000, 1e5, slow, forward, 8) == (pytest.approx(0.10 / 2e-7, abs=1), 10000)
+    assert side_by_side(1000, 1e5, slow, forward, 1) == (pytest.approx(0.01 / 2e-7, abs=1), 1000), "on a device rows are memory"
+    assert side_by_side(1000, 1e5, fast, forward, 8) == (2e6, 1000), "all that was measured of the link takes 2 ms"
+    assert side_by_side(1, 1e5, slow, forward, 8) == (1e4, 8), "nor is it asked for less"
 
 
 def test_one_layer_is_the_first_with_experts() -> None:
