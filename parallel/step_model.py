@@ -11,8 +11,8 @@ so that whatever has no formula here, the base's remainder, is carried over as i
   relative to what the model says of the base. Waiting for a late rank counts too: in a chain of exchanges most of it comes from
   those before.
 * rows: c (times that a row is copied), for sorting, permuting at both ends, starting exchanges and restoring; c from the base's
-  stages. In one level a row is copied 2 times at its source and 2 at its expert; in two levels 2 more for each (token, node) pair
-  on its way through the node.
+  stages. In one level a row is copied 2 times at its source and 2 at its expert; in two levels each (token, node) pair is ordered
+  anew on its node and summed up again, with a row for every choice of the token, wherever that one goes: 2 top_k more.
 * codec: layers x micro-batches x (hashing, means and restoring of a rank's tokens, forward and backward), measured alone.
 * wire: layers x micro-batches x 4 (rows of each hop) x (packing and unpacking of one row); 4 = there and back, both directions.
 * sharding: collectives of FSDP and of tensor parallelism at the sizes that formulas give (`step_costs.sharding_calls`), measured
@@ -169,17 +169,21 @@ def _makespans(work: Sequence[LayerWork], costs: Costs, pieces: int) -> tuple[fl
     return total_s, max(0.0, total_s - computing_s)
 
 
-def copies(way: Way, volumes: Sequence[Volume]) -> float:
+def copies(way: Way, load: Load, volumes: Sequence[Volume]) -> float:
     """Copies of rows on one rank in forward, all layers together; 0 where experts are at home and copy as they compute."""
     if not any(v.hops for v in volumes):
         return 0.0
-    passing = sum(v.hops[0].mean for v in volumes) if way.dispatcher == "hierarchical" else 0.0
+    passing = 0.0
+    if way.dispatcher == "hierarchical" and load.nodes > 1:
+        choices = 1 if way.rate < 1 else load.top_k  # a row that stands for several goes to one expert
+        # what stays on the node passes it as well
+        passing = choices * sum(v.hops[0].mean for v in volumes) * load.nodes / (load.nodes - 1)
     return 4 * sum(v.rows for v in volumes) + 2 * passing
 
 
 def calibrate(base: Base, folding: Folding, volumes: Sequence[Volume]) -> Calibration:
     """How the model has to be stretched to give the base's measured stages."""
-    p, moves = base.profile, copies(base.way, volumes)
+    p, moves = base.profile, copies(base.way, folding.load, volumes)
     copy_s = p.total("sort", "permute", "restore") / (base.micros * moves) if moves else 0.0
     work, costs = layers_work(base.way, folding, volumes), _costs(folding, 1.0)
     products_s = sum(costs.forward.seconds(w.flops) + costs.backward.seconds(2 * w.flops) for w in work)
@@ -215,7 +219,7 @@ def parts(
     error_s = ((waiting_s * link_error) ** 2 + ((total_s - waiting_s) * expert_error) ** 2) ** 0.5
     found = {
         "layers": Part(base.micros * total_s, error_s / total_s if total_s else 0.0),
-        "rows": Part(base.micros * stretch.copy_s * copies(way, volumes), base.profile.spread),
+        "rows": Part(base.micros * stretch.copy_s * copies(way, folding.load, volumes), base.profile.spread),
         "sharding": Part(folding.sharding.seconds, folding.sharding.spread),
         "optimizer": Part(base.profile.total("optimizer") * folding.parameters / own.parameters, base.profile.spread),
     }

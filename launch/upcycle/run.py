@@ -258,6 +258,11 @@ def _notes(plan: Plan) -> tuple[str, ...]:
             "the format cannot limit a token to whole copies: programs that compute router logits in 16 bits may, where these "
             "tie, choose parts of two copies; glm4_moe and native can"
         )
+    if moe is not None and moe.router.top_groups == 1 < moe.router.num_groups and plan.options.normalized:
+        notes.append(
+            "a token takes one whole copy with a weight of 1, so that the model's loss does not train the choice of copies: "
+            "choose two copies (top_k = 2 * granularity) or set group_limited = false before training"
+        )
     if plan.options.router_init == "zeros" and not plan.options.router_noise_std:
         notes.append("the router is 0, so that every token takes the same experts: set router_noise_std before training")
     if plan.config.num_layers and moe is not None and moe.num_experts & (moe.num_experts - 1):

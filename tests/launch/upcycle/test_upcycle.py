@@ -245,3 +245,12 @@ def test_the_command(dense_model: Any, tmp_path: Path, capsys: pytest.CaptureFix
         run(verb, "--from", source)
     assert run(verb, "--advise", "--from", source, "--experts", "4", "--dense-tokens", "1e9", "--tokens", "3e9") == 0
     assert "train from scratch: the budget is 4.07 times" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("top_k", "limited", "noted"), [(2, None, True), (4, None, False), (2, False, False)])
+def test_a_choice_of_copies_that_no_loss_trains_is_noted(
+    top_k: int, limited: bool | None, noted: bool, dense_model: Any, tmp_path: Path
+) -> None:
+    sizes = {"method": "virtual_groups", "num_experts": 8, "granularity": 2, "top_k": top_k, "group_limited": limited}
+    result = upcycle(dense_model("Llama 1-3"), tmp_path / "out", target="glm4_moe", proof="none", **sizes)
+    assert any("does not train the choice of copies" in note for note in result.notes) == noted
