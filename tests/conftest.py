@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from helpers import SEED, GlooPool
 
@@ -36,6 +37,14 @@ def seeds() -> None:
     """The same random numbers, whichever tests ran before."""
     random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_left() -> Iterator[None]:
+    """Benchmarks and other projects' layers join a group of one process for good: the next test must not find it."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture
