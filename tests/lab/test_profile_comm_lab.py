@@ -19,7 +19,7 @@ RATE_MBIT, SLOW_MBIT = 200, 40
 PAYLOAD = 1448 / 1514
 """Of a link's rate is what TCP carries."""
 SHAPED = 1e6 * RATE_MBIT / 8 * PAYLOAD
-FEW, MANY = 1024, 1 << 20
+FEW, MANY = 128, 1 << 19
 SWEEP = {"begin": FEW, "end": MANY, "factor": 4.0, "iters": 20, "warmup": 2, "operations": ["send_recv"]}
 PAIRS = {**SWEEP, "begin": 1024, "end": 65536, "factor": 8.0, "iters": 3}
 """Enough to know how large a message has to be, and then every two hosts."""
