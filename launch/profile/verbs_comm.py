@@ -15,7 +15,8 @@ LAYOUT = ("dp", "hsdp", "tp", "ep", "etp")
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add_files(parser, "*")
-    parser.add_argument("--begin", default="8K", metavar="SIZE", help="smallest size: bytes, 8K, 1M (default: %(default)s); 128 fits latency best")
+    smallest = "smallest size: bytes, 8K, 1M (default: %(default)s); 128 fits latency best"
+    parser.add_argument("--begin", default="8K", metavar="SIZE", help=smallest)
     parser.add_argument("--end", default="64M", metavar="SIZE", help="largest size (default: %(default)s)")
     parser.add_argument("--factor", type=float, default=2.0, metavar="X", help="from one size to the next (default: %(default)s)")
     parser.add_argument("--iters", type=int, default=20, metavar="N", help="repetitions of each size (default: %(default)s)")
