@@ -139,7 +139,8 @@ def spread(found: Sequence[Training]) -> float:
 
 
 def row_of(name: str, by_arm: Mapping[str, Sequence[Training]]) -> Row:
-    """Means over the seeds of one arm. gain: in bits per byte over training the dense model on, positive if better."""
+    """Means over the seeds of one arm. gain: in bits per byte over training the dense model on, positive if better;
+    least_gain: over the same seed's dense model, of the worst seed."""
     found = by_arm[name]
     kls = [t.kl for t in found if t.kl is not None]
     errors = [t.error for t in found if t.error is not None]
@@ -156,6 +157,9 @@ def row_of(name: str, by_arm: Mapping[str, Sequence[Training]]) -> Row:
         **courses,
         "spread": spread(found),
         "gain": mean_bits(by_arm["dense"]) - mean_bits(found) if "dense" in by_arm else None,
+        # the same seed is the same dense model and data order: these gains are of pairs
+        "least_gain": min(d.bits - t.bits for d, t in zip(by_arm["dense"], found, strict=True)) if "dense" in by_arm else None,
+        "bits_by_seed": " ".join(f"{t.bits:.4f}" for t in found),
         "step_ms": 1e3 * statistics.fmean(t.step_s for t in found),
     }
 

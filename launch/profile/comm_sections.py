@@ -62,7 +62,7 @@ def _curves(name: str, title: str, curves: Sequence[Curve]) -> str:
             sizes = [r.size for r in curve.rows]
             ax.plot(sizes, [r.busbw / 1e9 for r in curve.rows], color=ink, linestyle="none", marker="o", markersize=3.5)
             dash: Any = DASHES[i % len(DASHES)]
-            ax.plot(*_model_line(curve), color=ink, linestyle=dash, linewidth=1.4, label=curve.operation)
+            ax.plot(*model_line(curve), color=ink, linestyle=dash, linewidth=1.4, label=curve.operation)
         ax.xaxis.set_major_formatter(lambda v, _: size_text(v))
         ax.set_ylim(bottom=0)
         legend(fig, ax)
@@ -75,14 +75,17 @@ def _curves(name: str, title: str, curves: Sequence[Curve]) -> str:
     return figure(title, svg, what, SOURCE)
 
 
-def _model_line(curve: Curve) -> tuple[list[float], list[float]]:
+def model_line(curve: Curve) -> tuple[list[float], list[float]]:
+    """Sizes, and the bus bandwidth (GB/s) that a curve's model gives for them."""
     if curve.fit is None:
         return [float(r.size) for r in curve.rows], [r.busbw / 1e9 for r in curve.rows]
     first, last = curve.rows[0], curve.rows[-1]
     xs = [first.size * (last.size / first.size) ** (i / 48) for i in range(49)]
     # what is sent is in proportion to the size; so is busbw to size / time
     wire, factor = last.wire_max / last.size, last.busbw * last.time_s / last.size
-    return xs, [factor * x / curve.fit.model.seconds(wire * x) / 1e9 for x in xs]
+    # a model of noisy times may begin at 0 seconds, where a bandwidth means nothing
+    points = [(x, seconds) for x in xs if (seconds := curve.fit.model.seconds(wire * x)) > 0]
+    return [x for x, _ in points], [factor * x / seconds / 1e9 for x, seconds in points]
 
 
 def _models(profile: CommProfile) -> str | None:

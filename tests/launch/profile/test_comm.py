@@ -18,10 +18,13 @@ from jobs import command_ranks
 from moefold.launch.cli import main
 from moefold.launch.profile import comm
 from moefold.launch.profile.comm import CommOptions, CommProfile, parse_size, profile_comm
+from moefold.launch.profile.comm_sections import model_line
 from moefold.launch.profile.page import page_html
 from moefold.moe.errors import ConfigError
 from moefold.parallel.comm_ops import OPERATIONS
+from moefold.parallel.comm_sweep import Curve, Row
 from moefold.parallel.config import ParallelConfig
+from moefold.parallel.cost_model import LinkFit, LinkModel
 
 QUICK = CommOptions(begin=1024, end=16384, factor=4.0, iters=3, warmup=0)
 WORDS = ["--begin", "1K", "--end", "16K", "--factor", "4", "--iters", "3", "--budget-s", "2", "--train.device", "cpu"]
@@ -118,6 +121,18 @@ def test_all_ranks_of_two_hosts(gloo_pool: GlooPool, tmp_path: Path) -> None:
     for section in first.sections():
         assert section.body is not None and f'id="{section.anchor}"' in page
     assert page.count("<svg") == 4 + 4 and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_model_that_begins_at_no_time_is_drawn_where_it_has_a_bandwidth() -> None:
+    sizes = (1024, 4096, 16384)
+    rows = tuple(
+        Row("all_to_all", "world", 2, n, n // 4, "float32", 3, 1e-5, 1e-5, 1e-5, 1e-5, 0.0, n / 2, n / 2, 0) for n in sizes
+    )
+    fit = LinkFit("all_to_all", 2, LinkModel(0.0, 1e-9, 2048.0), tuple((n / 2, 1e-5) for n in sizes), 0.1, 0.2)
+    xs, busbw = model_line(Curve("all_to_all", "world", 2, rows, fit, None, 0.0))
+    # half of a size crosses the wire: up to 4096 the model takes no time at all
+    assert 4096 < min(xs) < max(xs) == pytest.approx(16384)
+    assert busbw[-1] == pytest.approx(0.5 * 16384 / ((16384 / 2 - 2048) * 1e-9) / 1e9)
 
 
 @pytest.mark.ranks
