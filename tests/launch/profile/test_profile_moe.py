@@ -107,7 +107,10 @@ def shows(zipf: MoeProfile, layer: MoeProfile) -> None:
     sections = zipf.sections()
     assert [s.anchor for s in sections] == ["stages", "what-if", "experts"]
     page = page_html("Step by stage", zipf.verdict(), sections)
-    assert "<svg" in page and "hierarchical, ep 2" in page and "what-if.csv" in page
+    assert zipf.what_if is not None
+    # only the best are shown, by times that change; in the file are all
+    assert "<svg" in page and zipf.what_if.outcomes[0].way.name in page and "what-if.csv" in page
+    assert all(o.way.name in (sections[1].csv or "") for o in zipf.what_if.outcomes)
     [missing] = [s for s in layer.sections() if s.body is None]
     assert missing.anchor == "what-if" and "several ranks" in missing.missing
 
