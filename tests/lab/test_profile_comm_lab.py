@@ -97,6 +97,7 @@ def measured(profiler: Profiler) -> tuple[dict[str, Any], float]:
 
 
 @pytest.mark.ranks
+@pytest.mark.alone
 @pytest.mark.slow
 def test_links_are_measured_as_by_plain_sockets_and_slow_ones_are_named(make_lab: Callable[..., Lab], tmp_path: Path) -> None:
     lab = make_lab(hosts=4, rate=f"{RATE_MBIT}mbit")
