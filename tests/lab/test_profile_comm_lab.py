@@ -30,7 +30,7 @@ class Profiler:
 
     def __init__(self, lab: Lab, folder: Path):
         self.folder, self.orders = folder, 0
-        self.job: Job = lab.start_torchrun(FOLDER / "profile_comm_job.py", [folder], timeout_s=280)
+        self.job: Job = lab.start_torchrun(FOLDER / "profile_comm_job.py", [folder], timeout_s=400)
 
     def order(self, fields: dict[str, Any] | None) -> None:
         unseen = self.folder / "order"
@@ -85,7 +85,7 @@ def errors(curve: dict[str, Any], gloo_s: float) -> tuple[float, float]:
 def measured(profiler: Profiler) -> tuple[dict[str, Any], float]:
     """A profile, and the ping-pong beside it. A busy machine gets another chance: what else runs is no property of a link."""
     attempts = []
-    for _ in range(3):
+    for _ in range(6):
         answer = profiler.answer(**SWEEP, budget_s=6.0)
         profile, gloo_s = answer["profile"], min(answer["ping_pong_s"])
         rate, latency = errors(profile["curves"][0], gloo_s)
