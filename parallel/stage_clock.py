@@ -41,22 +41,11 @@ WAITING: Mapping[str, str] = MappingProxyType(
     }
 )
 """Stage of a rank that waits in a collective of this purpose."""
+IN_LAYER = ("route", "sort", "compress", "permute", "counts", "dispatch", "experts", "combine", "restore", "shared")
+"""Of a MoE layer, in the order of a token's way."""
 STAGES = (
-    *(
-        "embed",
-        "attention",
-        "norm",
-        "route",
-        "sort",
-        "compress",
-        "permute",
-        "counts",
-        "dispatch",
-        "experts",
-        "combine",
-        "restore",
-    ),
-    *("shared", "dense ffn", "statistics", "head", "tensor parallel", "gather weights", "gradients", "step sums", "optimizer"),
+    *("embed", "attention", "norm", *IN_LAYER, "dense ffn", "statistics", "head"),
+    *("tensor parallel", "gather weights", "gradients", "step sums", "optimizer"),
     OTHER,
 )
 """In the order of a token's way. permute: rows into the order of experts and ranks, at both ends. counts: ranks tell each other

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels.permute import permute, unpermute
 from ..moe.compress import LSHCodec
 from ..moe.config import ModelConfig, MoEConfig
-from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight, Shared, make_plan
+from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight, make_plan
 from ..moe.init import init_weights
 from ..moe.model import Model
 from .collectives import all_gather_dim, all_reduce, reduce_scatter_dim
@@ -132,10 +132,9 @@ def measure_codec(moe: MoEConfig, dim: int, tokens: int, rate: float, *, dtype: 
     indices_TK = torch.rand(tokens, moe.num_experts, generator=generator).argsort(1)[:, : moe.top_k].contiguous().to(mesh.device)
     weights_TK = torch.full(indices_TK.shape, 1 / moe.top_k, device=mesh.device)
     plan = make_plan(indices_TK, weights_TK, moe.num_experts, None, moe.kernels)
-    nowhere: Any = None
 
     def run() -> None:
-        y_TD, _ = codec(_Mirror(), x_TD, plan, nowhere)
+        y_TD, _ = codec(_Mirror(), x_TD, plan, _Untouched())
         y_TD.backward(torch.ones_like(y_TD))
 
     return timed(run, mesh.world_group, mesh.device)
@@ -145,19 +144,19 @@ class _Mirror(Dispatcher):
     """Rows come back as they are, at once."""
 
     def start(self, xs_TD: Sequence[Tensor], plans: Sequence[DispatchPlan]) -> Sequence[Flight]:
-        raise NotImplementedError("a mirror sends nothing")
+        return [_Reflected(x_TD) for x_TD in xs_TD]
 
-    def __call__(
-        self,
-        x_TD: Tensor,
-        plan: DispatchPlan,
-        experts: Experts,
-        shared: Shared | None = None,
-        meanwhile: Callable[[], None] | None = None,
-    ) -> Tensor:
-        if meanwhile is not None:
-            meanwhile()
-        return x_TD * 1.0
+
+class _Reflected(Flight):
+    def __init__(self, x_TD: Tensor):
+        self.x_TD = x_TD
+
+    def land(self, experts: Experts) -> None:
+        """There is nothing to wait for."""
+
+    def finish(self, shared_TD: Tensor | None = None) -> Tensor:
+        y_TD = self.x_TD * 1.0
+        return y_TD if shared_TD is None else y_TD + shared_TD
 
 
 class _Untouched:

@@ -17,6 +17,7 @@ from ...moe.errors import CommError, ConfigError, MoefoldError, Problem
 from ...parallel.engine import Engine
 from ...parallel.mesh import find_nodes
 from ...parallel.plan import ModelSummary
+from ...parallel.stage_clock import IN_LAYER
 from ...parallel.step_profile import StepProfile, profile_steps
 from ...parallel.step_volume import Way, expert_blocks
 from ...parallel.topology import Topology
@@ -29,19 +30,7 @@ from .whatif import WhatIf, candidates, measured, what_if
 if TYPE_CHECKING:
     from .page import Section
 
-LAYER_STAGES = (
-    "route",
-    "sort",
-    "compress",
-    "permute",
-    "counts",
-    "dispatch",
-    "experts",
-    "combine",
-    "restore",
-    "shared",
-    "statistics",
-)
+LAYER_STAGES = (*IN_LAYER, "statistics")
 """Of one MoE layer."""
 
 

@@ -103,41 +103,12 @@ class Family(ABC):
     """Whether a new model of this family has a selection bias."""
 
     @abstractmethod
-    def read_more(self, fields: Fields, settings: dict[str, Any]) -> None:
-        """Add to `settings`, which hold what all families share, what this one's config.json says besides. `moe` is a table of
-        keywords, because records check themselves and all problems are to be told at once."""
+    def read(self, config_json: Mapping[str, Any]) -> ModelConfig:
+        """The model that a config.json describes. Raises ConfigError with every reason why it cannot be represented."""
 
     @abstractmethod
-    def write_more(self, config: ModelConfig) -> dict[str, Any]:
-        """Keys of config.json beyond those that all families share."""
-
-    def read(self, config_json: Mapping[str, Any]) -> ModelConfig:
-        """The model that a config.json describes, as transformers understands it.
-
-        Raises ConfigError with every reason why it cannot be represented: a setting we cannot compute, one of a wrong type, and
-        keys that are not known, which might change what the model computes.
-        """
-        fields = Fields(config_json, self.model_type, self.defaults, self.aliases)
-        settings = shared_settings(fields)
-        self.read_more(fields, settings)
-        fields.check()
-        moe = settings.pop("moe", None)
-        if moe is not None:
-            kinds = {"router": RouterConfig, "balance": BalanceConfig}
-            moe = MoEConfig(**{name: kinds[name](**value) if name in kinds else value for name, value in moe.items()})
-        return ModelConfig(**settings, moe=moe)
-
     def write(self, config: ModelConfig, runtime: Runtime = "transformers") -> dict[str, Any]:
-        """config.json of a model, with every key that decides what it computes.
-
-        What no model knows (special tokens, type of the weights) is null or left out: see `families.carried`.
-        Raises NotHeldError with every reason why this format, or `runtime`, cannot hold the model.
-        """
-        reasons = tuple(reason for _, reason in self.broken(config, runtime))
-        if reasons:
-            raise NotHeldError(self.model_type, reasons)
-        named = {"architectures": [self.architecture], "model_type": self.model_type}
-        return named | shared_fields(config) | self.write_more(config)
+        """config.json of a model. Raises NotHeldError with every reason why this format, or `runtime`, cannot hold it."""
 
     def broken(self, config: ModelConfig, runtime: Runtime = "transformers") -> list[tuple[Limit, str]]:
         """Limits that a model goes beyond, each with the reason in words."""
@@ -187,6 +158,47 @@ class Family(ABC):
         leading = tuple({"E": experts, "2": 2}[axis] for axis in self.leading[leaf])
         rows = sum(shapes[p][0] for p in parts)
         return Layout((*leading, rows // math.prod(leading), shapes[parts[0]][1]), tuple(parts))
+
+
+class HuggingFaceFamily(Family):
+    """A `model_type` of transformers: settings that all of them share, and what its subclass adds to them."""
+
+    @abstractmethod
+    def read_more(self, fields: Fields, settings: dict[str, Any]) -> None:
+        """Add to `settings`, which hold what all families share, what this one's config.json says besides. `moe` is a table of
+        keywords, because records check themselves and all problems are to be told at once."""
+
+    @abstractmethod
+    def write_more(self, config: ModelConfig) -> dict[str, Any]:
+        """Keys of config.json beyond those that all families share."""
+
+    def read(self, config_json: Mapping[str, Any]) -> ModelConfig:
+        """The model that a config.json describes, as transformers understands it.
+
+        Raises ConfigError with every reason why it cannot be represented: a setting we cannot compute, one of a wrong type, and
+        keys that are not known, which might change what the model computes.
+        """
+        fields = Fields(config_json, self.model_type, self.defaults, self.aliases)
+        settings = shared_settings(fields)
+        self.read_more(fields, settings)
+        fields.check()
+        moe = settings.pop("moe", None)
+        if moe is not None:
+            kinds = {"router": RouterConfig, "balance": BalanceConfig}
+            moe = MoEConfig(**{name: kinds[name](**value) if name in kinds else value for name, value in moe.items()})
+        return ModelConfig(**settings, moe=moe)
+
+    def write(self, config: ModelConfig, runtime: Runtime = "transformers") -> dict[str, Any]:
+        """config.json of a model, with every key that decides what it computes.
+
+        What no model knows (special tokens, type of the weights) is null or left out: see `families.carried`.
+        Raises NotHeldError with every reason why this format, or `runtime`, cannot hold the model.
+        """
+        reasons = tuple(reason for _, reason in self.broken(config, runtime))
+        if reasons:
+            raise NotHeldError(self.model_type, reasons)
+        named = {"architectures": [self.architecture], "model_type": self.model_type}
+        return named | shared_fields(config) | self.write_more(config)
 
 
 def _who(limit: Limit) -> str:

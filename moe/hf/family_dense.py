@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ..config import ModelConfig
-from .family import LLAMA_NAMES, Family
+from .family import LLAMA_NAMES, HuggingFaceFamily
 from .fields import Fields
 from .limits import NO_WINDOW, POST_NORM, PRE_NORM, UNSCALED, UNSCALED_EMBEDDING, WHOLE_ROPE, attention_bias, qk_norm, rule
 
@@ -68,7 +68,7 @@ def write_qwen_window(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-class Llama(Family):
+class Llama(HuggingFaceFamily):
     """Llama 1 to 3.x and what is built like it. Biases in its feed-forward network cannot be represented."""
 
     model_type, architecture = "llama", "LlamaForCausalLM"
@@ -96,7 +96,7 @@ class Llama(Family):
         return {"intermediate_size": config.dense_ffn_dim, "attention_bias": config.attention_bias == "all", "mlp_bias": False}
 
 
-class Mistral(Family):
+class Mistral(HuggingFaceFamily):
     """Mistral 7B and its like, with or without a sliding window in every layer."""
 
     model_type, architecture = "mistral", "MistralForCausalLM"
@@ -113,7 +113,7 @@ class Mistral(Family):
         return {"intermediate_size": config.dense_ffn_dim, "sliding_window": config.sliding_window}
 
 
-class Qwen2(Family):
+class Qwen2(HuggingFaceFamily):
     """Qwen2 and Qwen2.5: biases of queries, keys and values."""
 
     model_type, architecture = "qwen2", "Qwen2ForCausalLM"
@@ -146,7 +146,7 @@ class Qwen3(Qwen2):
         return super().write_more(config) | {"attention_bias": config.attention_bias == "all"}
 
 
-class Olmo2(Family):
+class Olmo2(HuggingFaceFamily):
     """OLMo 2: norms after attention and feed-forward, and over all queries and keys of a token."""
 
     model_type, architecture = "olmo2", "Olmo2ForCausalLM"
@@ -170,7 +170,7 @@ class Olmo2(Family):
         return {"intermediate_size": config.dense_ffn_dim, "attention_bias": config.attention_bias == "all"}
 
 
-class Gemma(Family):
+class Gemma(HuggingFaceFamily):
     """The first Gemma: embeddings times sqrt(dim), GELU, norm weights stored as what is added to 1."""
 
     model_type, architecture = "gemma", "GemmaForCausalLM"

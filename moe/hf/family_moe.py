@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..config import ModelConfig, RouterConfig
-from .family import LLAMA_NAMES, ROUTED_NAMES, Family, Layout
+from .family import LLAMA_NAMES, ROUTED_NAMES, HuggingFaceFamily, Layout
 from .family_dense import POST_NORM_NAMES, qwen_layers, read_bias, read_window, whole_rope, write_qwen_window
 from .fields import Fields
 from .limits import (
@@ -62,7 +62,7 @@ def zero_width(config: ModelConfig, prefix: str, names: Mapping[str, str]) -> di
     return {f"{prefix}{i}.{names[part]}": Layout(shapes[part], ()) for i, part in wanted}
 
 
-class Mixtral(Family):
+class Mixtral(HuggingFaceFamily):
     """Mixtral: softmax, top-k, weights always divided by their sum; every layer has experts."""
 
     model_type, architecture, moe = "mixtral", "MixtralForCausalLM", True
@@ -117,7 +117,7 @@ class Mixtral(Family):
         } | write_balance(config)
 
 
-class Qwen2Moe(Family):
+class Qwen2Moe(HuggingFaceFamily):
     """Qwen2-MoE: fine-grained experts, and shared ones behind a sigmoid gate; some layers may be dense."""
 
     model_type, architecture, moe = "qwen2_moe", "Qwen2MoeForCausalLM", True
@@ -214,7 +214,7 @@ def write_qwen_experts(config: ModelConfig) -> dict[str, Any]:
     } | write_balance(config)
 
 
-class Qwen3Moe(Family):
+class Qwen3Moe(HuggingFaceFamily):
     """Qwen3-MoE: fine-grained experts, a norm on each head's queries and keys; some layers may be dense."""
 
     model_type, architecture, moe = "qwen3_moe", "Qwen3MoeForCausalLM", True
@@ -255,7 +255,7 @@ class Qwen3Moe(Family):
         return window | write_qwen_experts(config) | {"attention_bias": config.attention_bias != "none"}
 
 
-class Olmoe(Family):
+class Olmoe(HuggingFaceFamily):
     """OLMoE: norms over all queries and keys of a token; every layer has experts."""
 
     model_type, architecture, moe = "olmoe", "OlmoeForCausalLM", True

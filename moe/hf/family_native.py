@@ -10,7 +10,7 @@ from typing import Any, cast, get_args, get_type_hints
 from ..config import ModelConfig
 from ..errors import ConfigError, Problem
 from .family import Family, Limit, NotHeldError, Runtime
-from .fields import ORIGIN, Fields
+from .fields import ORIGIN
 
 NATIVE = "moefold"
 """`model_type` of our own format."""
@@ -86,12 +86,6 @@ class Native(Family):
         if runtime == "vllm":
             reasons.append("vllm does not know this format; choose another")
         return [(Limit(broken=lambda _: None), reason) for reason in reasons]
-
-    def read_more(self, fields: Fields, settings: dict[str, Any]) -> None:
-        raise NotImplementedError("config.json of our own is read as a whole")
-
-    def write_more(self, config: ModelConfig) -> dict[str, Any]:
-        raise NotImplementedError("config.json of our own is written as a whole")
 
     def ignored(self, name: str, config: ModelConfig) -> str | None:
         if ".codec." in name:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..config import ModelConfig, RouterConfig
-from .family import LLAMA_NAMES, Family, Layout, shared_fields
+from .family import LLAMA_NAMES, HuggingFaceFamily, Layout, shared_fields
 from .family_dense import read_bias, whole_rope
 from .family_moe import NAMES, balance, shared_names, write_balance, zero_width
 from .fields import Fields
@@ -33,7 +33,7 @@ from .limits import (
 )
 
 
-class Glm4Moe(Family):
+class Glm4Moe(HuggingFaceFamily):
     """GLM-4-MoE: sigmoid scores with bias and groups (as DeepSeek-V3), partial rotary embedding, dense first layers."""
 
     model_type, architecture, moe = "glm4_moe", "Glm4MoeForCausalLM", True
@@ -145,7 +145,7 @@ class Glm4Moe(Family):
         return super().ignored(name, config)
 
 
-class GraniteMoe(Family):
+class GraniteMoe(HuggingFaceFamily):
     """Granite-MoE: multipliers of embeddings, attention, residuals and logits; experts fused in one tensor per layer."""
 
     model_type, architecture, moe = "granitemoe", "GraniteMoeForCausalLM", True

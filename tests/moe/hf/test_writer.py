@@ -24,21 +24,7 @@ from moefold.moe.hf.files import INDEX, SINGLE, Checkpoint
 from moefold.moe.hf.matrix import Matrix, Scaled
 from moefold.moe.hf.shards import Tensors, lay_out
 from moefold.moe.hf.writer import JOURNAL, LOCK, write_checkpoint
-from written import CONFIG, MANIFEST, contents, make_source, mixture, stop_at, write
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_source(tmp_path_factory.mktemp("source"))
-
-
-@pytest.fixture(scope="module")
-def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What an uninterrupted run writes."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    write(source, out)
-    assert not out.with_name("out.partial").exists()
-    return contents(out)
+from written import CONFIG, MANIFEST, contents, mixture, stop_at, write
 
 
 def test_tensors_are_read_by_safetensors(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:

@@ -21,21 +21,7 @@ from moefold.moe.hf.journal import Journal
 from moefold.moe.hf.matrix import Matrix
 from moefold.moe.hf.shards import lay_out, plan_hash
 from moefold.moe.hf.writer import JOURNAL, LOCK
-from written import CONFIG, MANIFEST, SHARD_BYTES, contents, make_source, mixture, write
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_source(tmp_path_factory.mktemp("source"))
-
-
-@pytest.fixture(scope="module")
-def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What an uninterrupted run writes."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    write(source, out)
-    assert not out.with_name("out.partial").exists()
-    return contents(out)
+from written import CONFIG, MANIFEST, SHARD_BYTES, contents, mixture, write
 
 
 def test_goes_on_from_every_position(
