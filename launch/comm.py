@@ -119,6 +119,11 @@ class CommLog:
         self._again = told[0]
         return metrics
 
+    @property
+    def latest(self) -> Sample:
+        """The last sample that was kept, on rank 0. Raises IndexError before the first."""
+        return self._samples[-1]
+
     def compare_clocks(self) -> tuple[Offset, ...]:
         """Find how far the clocks are apart. Collective."""
         self.offsets, self._compared_s = clock_offsets(self.group, now=self._now), time.perf_counter()

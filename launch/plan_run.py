@@ -110,7 +110,7 @@ class PlannedComm(CommLog):
         metrics = super().sample(step)
         # other ranks have no metrics, and neither has a step that was left out
         if metrics:
-            found = collectives(self._samples[-1].records)
+            found = collectives(self.latest.records)
             said = self.drift.add(found, max(o.error_s for o in self.offsets))
             if said is not None:
                 self._warn(said)

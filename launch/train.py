@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from .checkpoint import Checkpointer
 from .data.loader import Data, Prefetcher
 from .evaluate import Evaluation, evaluate, micro_batch
 from .instruments import Instruments
+from .memory import peak_resident_bytes
 from .metrics import Sinks
 from .process import StopRequest
 from .settings import RunConfig
@@ -172,7 +172,7 @@ class Trainer:
             peak = torch.cuda.max_memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = peak_resident_bytes()
         gib = torch.tensor(peak / 2**30, dtype=torch.float64, device=device)
         if self.engine.mesh.topology.world > 1:
             dist.all_reduce(gib, op=dist.ReduceOp.MAX, group=self.engine.mesh.world_group)

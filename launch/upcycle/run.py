@@ -27,6 +27,7 @@ from ...moe.hf.shards import Tensors
 from ...moe.hf.writer import MANIFEST, SHARD_BYTES, Written, write_checkpoint
 from ...moe.upcycle.build import upcycle_parts
 from ...moe.upcycle.options import UpcycleOptions
+from ..memory import peak_resident_bytes
 from ..rundir import write_atomic
 from .manifest import Source, make_manifest, narrower, rounds, source_hashes, tensor_uses
 from .progress import Told
@@ -173,7 +174,7 @@ def _write(out: Path, plan: Plan, manifest: Mapping[str, Any], shard_bytes: int,
         carry=plan.sources[0].checkpoint.carry,
         progress=lambda done, total, seconds: told("writing", done, total, seconds),
     )
-    return written, _peak_bytes() if clean else None
+    return written, peak_resident_bytes() if clean else None
 
 
 def _check_same(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -181,12 +182,6 @@ def _check_same(folder: Path, manifest: Mapping[str, Any]) -> None:
     found = read_json(folder / MANIFEST, "it says what was written")
     if {key: value for key, value in found.items() if key != "files"} != manifest:
         raise CheckpointError(f"{folder} was made with other options, sources or another version: remove it to start again")
-
-
-def _peak_bytes() -> int | None:
-    """Most resident memory of this program so far. Not by getrusage, which still knows of the program that started it."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), None)
 
 
 def _finish(
