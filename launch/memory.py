@@ -10,7 +10,7 @@ from pathlib import Path
 def peak_resident_bytes() -> int:
     """Most resident memory of this program so far, in bytes.
 
-    On Linux that is VmHWM: what getrusage says there is kept by exec, and may be the peak of the program that started this one. It
+    On Linux that is VmHWM: what getrusage says there is kept by exec, and may be the peak of what started this one. It
     is taken only where /proc does not tell.
     """
     try:
