@@ -54,6 +54,9 @@ def lines(
                 ax.plot(
                     *raw, color=ink, linewidth=1.6, linestyle=dash, marker="o" if few else None, markersize=3.5, label=s.label
                 )
+        if all(float(x).is_integer() for s in series for x in s.x):
+            # there is no step and no layer 0.5
+            ax.xaxis.get_major_locator().set_params(integer=True)
         if from_zero:
             ax.set_ylim(bottom=0)
         if len(series) > 1:

@@ -56,3 +56,12 @@ def test_load_maps_scale_is_centred_at_one_and_survives_missing_values() -> None
 def test_step_breakdown_with_a_single_record_is_a_bar() -> None:
     svg = plots.stack("s", "t", "step", "s", [10], {"a": [1.0], "b": [math.nan]})
     assert {"10", "a", "b"} <= set(re.findall(r">([^<\n]+)</text>", svg))
+
+
+def test_a_plot_over_whole_numbers_has_no_fractions_on_its_axis() -> None:
+    def ticks(x: list[float]) -> list[str]:
+        svg = plots.lines("a", "t", "x", "y", [plots.Series("run", x, [0.0, 1.0])])
+        return re.findall(r"middle; [^>]*>(-?[\d.]+)</text>", svg)
+
+    assert ticks([0.0, 2.0]) == ["0", "1", "2"]
+    assert any("." in label for label in ticks([0.5, 1.5]))
