@@ -41,6 +41,8 @@ def lines(
     wide: for the full width of a page instead of half of it."""
 
     def draw(fig: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         ax = axes(fig, xlabel, ylabel)
         points = max(60, MAX_POINTS * 3 // max(3, len(series)))
         for i, s in enumerate(series):
@@ -56,7 +58,7 @@ def lines(
                 )
         if all(float(x).is_integer() for s in series for x in s.x):
             # there is no step and no layer 0.5
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
         if from_zero:
             ax.set_ylim(bottom=0)
         if len(series) > 1:
