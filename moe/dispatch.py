@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -52,7 +52,7 @@ class DispatchPlan:
     """Which tokens go to which experts: a routing without its losses, and the order of its rows.
 
     indices_TK: int64, expert of each choice. weights_TK: combine weights; differentiable. kept_TK: bool, choices that travel;
-    None = all. order_R, row_TK, counts_E: see `sort_tokens`. kernels: back end of the row operations.
+    None = all. order_R, row_TK, counts_E: see `sort_tokens`; order_R may be `cut`. kernels: back end of the row operations.
     """
 
     indices_TK: Tensor
@@ -62,6 +62,10 @@ class DispatchPlan:
     row_TK: Tensor
     counts_E: Tensor
     kernels: Backend = "auto"
+
+    def cut(self, rows: int) -> DispatchPlan:
+        """The plan without rows for choices that are not kept. rows: those that are, which the host must know: counts_E.sum()."""
+        return replace(self, order_R=self.order_R[:rows])
 
 
 def make_plan(

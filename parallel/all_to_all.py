@@ -119,9 +119,9 @@ class RowFlight(Flight):
     """One row for each kept choice, sorted by expert."""
 
     def __init__(self, etp: int, x_TD: Tensor, plan: DispatchPlan, splits: Splits, away: Transfer, home: Transfer):
+        plan = plan.cut(sum(splits.blocks))
         self.etp, self.plan, self.splits, self.away, self.home = etp, plan, splits, away, home
         rows_RD = permute(x_TD, plan.order_R, plan.row_TK, plan.kept_TK, plan.kernels)
-        self.num_rows = rows_RD.shape[0]
         self.arriving_XD = away.start(self._copy_per_slice(rows_RD))
 
     def land(self, experts: Experts) -> None:
@@ -132,15 +132,13 @@ class RowFlight(Flight):
         self.returning_RD = self.home.start(leaving_XD)
 
     def finish(self, shared_TD: Tensor | None = None) -> Tensor:
-        rows_RD = self._sum_slices(self.home.finish(self.returning_RD))
-        rows_RD = pad_rows(rows_RD, self.num_rows)
-        p = self.plan
+        rows_RD, p = self._sum_slices(self.home.finish(self.returning_RD)), self.plan
         return unpermute(rows_RD, p.weights_TK, p.order_R, p.row_TK, p.kept_TK, shared_TD, p.kernels)
 
     def _copy_per_slice(self, rows_RD: Tensor) -> Tensor:
         if self.etp == 1:
             return rows_RD
-        blocks = rows_RD[: sum(self.splits.blocks)].split(list(self.splits.blocks))
+        blocks = rows_RD.split(list(self.splits.blocks))
         return torch.cat([block for block in blocks for _ in range(self.etp)])
 
     def _sum_slices(self, back_RD: Tensor) -> Tensor:
@@ -151,9 +149,3 @@ class RowFlight(Flight):
         copies = back_RD.split(list(self.splits.send))
         sums = [torch.stack([c.to(wide) for c in copies[i : i + etp]]).sum(0) for i in range(0, len(copies), etp)]
         return torch.cat(sums).to(back_RD.dtype)
-
-
-def pad_rows(x_RD: Tensor, num_rows: int) -> Tensor:
-    """`x_RD` with zeros behind, for rows that did not travel."""
-    missing = num_rows - x_RD.shape[0]
-    return torch.cat([x_RD, x_RD.new_zeros(missing, x_RD.shape[1])]) if missing else x_RD

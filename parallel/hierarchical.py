@@ -17,7 +17,6 @@ from torch import Tensor
 from ..kernels.backend import Backend
 from ..kernels.permute import permute, unpermute
 from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight, Pieces, make_plan
-from .all_to_all import pad_rows
 from .collectives import exchange_blocks
 from .mesh import NodeGroups
 from .recorder import CommRecorder, probe_for
@@ -87,6 +86,7 @@ class HierarchicalDispatcher(Dispatcher):
         rows = transfers(self.pieces, there, across, probes["dispatch"], [plan.counts_E for plan in plans], self.wire)
         notes = transfers(self.pieces, there, across, probes["notes"])
         home = transfers(self.pieces, back, across, probes["combine"], wire=self.wire)
+        ups = [up.cut(sum(send)) for up, send in zip(ups, send_PN, strict=True)]
         each = zip(xs_TD, plans, nodes, ups, rows, notes, home, strict=True)
         return [NodeFlight(self, *unit) for unit in each]
 
@@ -99,12 +99,13 @@ class HierarchicalDispatcher(Dispatcher):
         """What travels with each row [R, 2 K]: the weight of each choice on the row's node (0 for others), and the expert's place
         there + 1 (0 for others). As numbers of the weights' type, so that one exchange takes both; places are exact in it."""
         token_R, here_R = up.order_R // node_TK.shape[1], node_TK.flatten()[up.order_R]
-        mine_RK = node_TK[token_R] == here_R[:, None]
+        others_RK = node_TK.index_select(0, token_R) != here_R[:, None]
         if plan.kept_TK is not None:
-            mine_RK &= plan.kept_TK[token_R]
+            others_RK |= ~plan.kept_TK.index_select(0, token_R)
         weights_RK = permute(plan.weights_TK, up.order_R, up.row_TK, up.kept_TK, plan.kernels)
-        place_RK = (self.place_E[plan.indices_TK] + 1)[token_R].to(weights_RK.dtype)
-        return torch.cat([weights_RK.masked_fill(~mine_RK, 0), place_RK.masked_fill(~mine_RK, 0)], 1)
+        place_TK = (self.place_E + 1).to(weights_RK.dtype)[plan.indices_TK]
+        both_R2K = torch.stack([weights_RK, place_TK.index_select(0, token_R)], 1)
+        return both_R2K.masked_fill(others_RK[:, None], 0).flatten(1)
 
     def plan_inside(self, notes_MX: Tensor, kernels: Backend) -> DispatchPlan:
         """The plan of the second level, from the notes that arrived with the rows."""
@@ -129,7 +130,6 @@ class NodeFlight(Flight):
     ):
         self.by, self.plan, self.up, self.rows, self.notes, self.home = by, plan, up, rows, notes, home
         rows_RD = permute(x_TD, up.order_R, up.row_TK, up.kept_TK, plan.kernels)
-        self.num_rows = rows_RD.shape[0]
         self.arriving_MX = notes.start(by.notes(plan, up, node_TK))
         self.arriving_MD = rows.start(rows_RD)
 
@@ -140,6 +140,5 @@ class NodeFlight(Flight):
         self.returning_RD = self.home.start(flight.finish())
 
     def finish(self, shared_TD: Tensor | None = None) -> Tensor:
-        back_RD = pad_rows(self.home.finish(self.returning_RD), self.num_rows)
-        up = self.up
+        back_RD, up = self.home.finish(self.returning_RD), self.up
         return unpermute(back_RD, None, up.order_R, up.row_TK, up.kept_TK, shared_TD, self.plan.kernels)

@@ -168,6 +168,8 @@ class _Untouched:
     def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
         if plan is None:
             return x * 1.0
+        if plan.kept_TK is not None and x.device.type == "cpu":
+            plan = plan.cut(int(counts_E.sum()))  # as experts do
         rows_RD = permute(x, plan.order_R, plan.row_TK, plan.kept_TK, plan.kernels)
         return unpermute(rows_RD, plan.weights_TK, plan.order_R, plan.row_TK, plan.kept_TK, shared_TD, plan.kernels)
 

@@ -11,8 +11,8 @@ so that whatever has no formula here, the base's remainder, is carried over as i
   relative to what the model says of the base. Waiting for a late rank counts too: in a chain of exchanges most of it comes from
   those before.
 * rows: c (times that a row is copied), for sorting, permuting at both ends, starting exchanges and restoring; c from the base's
-  stages. In one level a row is copied 2 times at its source and 2 at its expert; in two levels each (token, node) pair is ordered
-  anew on its node and summed up again, with a row for every choice of the token, wherever that one goes: 2 top_k more.
+  stages. In one level a row is copied 2 times at its source and 2 at its expert. In two levels that happens on the node, without
+  the 2 at the expert if it has one rank; besides, a (token, node) pair is copied once at its source and summed up there.
 * codec: layers x micro-batches x (hashing, means and restoring of a rank's tokens, forward and backward), measured alone.
 * wire: layers x micro-batches x 4 (rows of each hop) x (packing and unpacking of one row); 4 = there and back, both directions.
 * sharding: collectives of FSDP and of tensor parallelism at the sizes that formulas give (`step_costs.sharding_calls`), measured
@@ -173,12 +173,12 @@ def copies(way: Way, load: Load, volumes: Sequence[Volume]) -> float:
     """Copies of rows on one rank in forward, all layers together; 0 where experts are at home and copy as they compute."""
     if not any(v.hops for v in volumes):
         return 0.0
-    passing = 0.0
+    per_row, passing = 4, 0.0
     if way.dispatcher == "hierarchical" and load.nodes > 1:
-        choices = 1 if way.rate < 1 else load.top_k  # a row that stands for several goes to one expert
+        per_row = 4 if load.ep * load.etp > load.nodes else 2
         # what stays on the node passes it as well
-        passing = choices * sum(v.hops[0].mean for v in volumes) * load.nodes / (load.nodes - 1)
-    return 4 * sum(v.rows for v in volumes) + 2 * passing
+        passing = sum(v.hops[0].mean for v in volumes) * load.nodes / (load.nodes - 1)
+    return per_row * sum(v.rows for v in volumes) + 2 * passing
 
 
 def calibrate(base: Base, folding: Folding, volumes: Sequence[Volume]) -> Calibration:

@@ -14,12 +14,13 @@ def permute(x_TD: Tensor, order_R: Tensor, row_TK: Tensor, kept_TK: Tensor | Non
 
     Args:
         x_TD: tokens.
-        order_R, row_TK: the plan of `sort_tokens`.
-        kept_TK: bool; choices that do not travel pass no gradient back. Their rows (the last ones) hold the token all the same.
+        order_R, row_TK: the plan of `sort_tokens`. Who knows on the host how many choices are kept may cut order_R behind them.
+        kept_TK: bool; choices that do not travel pass no gradient back. Their rows, the last ones where order_R has them, hold
+            the token all the same.
         backend: "torch", or "triton" for CUDA tensors; "auto" as `backend.rule` says.
 
     Returns:
-        x_RD with R = T * K.
+        x_RD with as many rows as order_R: R = T * K, or the kept ones.
     """
     if choose("permute", backend, x_TD) == "triton":
         from . import triton_impl
@@ -40,9 +41,9 @@ def unpermute(
     """Weighted sum of a token's rows: y_TD[t] = sum over k of weights_TK[t, k] * y_RD[row_TK[t, k]].
 
     Summed in the order of k in at least fp32, so that reruns are bitwise equal. Choices that are not kept add nothing,
-    whatever their rows hold. Without weights the rows are summed as they are. `shared_TD` (the shared experts' output, or a
-    residual, in y's dtype) is added at the end; in Triton before the sum is rounded, and without another pass over memory.
-    `backend`: as for `permute`.
+    whatever their rows hold, or without rows where `order_R` was cut (see `permute`); y has as many rows as it. Without weights
+    the rows are summed as they are. `shared_TD` (the shared experts' output, or a residual, in y's dtype) is added at the end; in
+    Triton before the sum is rounded, and without another pass over memory. `backend`: as for `permute`.
     """
     if choose("unpermute", backend, y_RD) == "triton":
         from . import triton_impl

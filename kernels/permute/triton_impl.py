@@ -170,9 +170,12 @@ def spread_gradient(
     kept_TK: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of y_RD and weights_TK of the weighted gather-sum, in one pass over the rows. Rows not kept get zeros."""
+    """Gradients of y_RD and weights_TK of the weighted gather-sum, in one pass over the rows. What is not kept gets zeros."""
     (R, D), K = y_RD.shape, weights_TK.shape[1]
-    grad_y_RD, grad_weights_TK = y_RD.new_empty(R, D), torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
+    grad_y_RD = y_RD.new_empty(R, D)
+    # each row writes its choice's gradient; choices without a row need their zeros from here
+    new = torch.empty_like if weights_TK.numel() == R else torch.zeros_like
+    grad_weights_TK = new(weights_TK, memory_format=torch.contiguous_format)
     if not R:
         return grad_y_RD, grad_weights_TK
     rows, columns = tile or choose_tile(D, wide_dtype(y_RD.dtype).itemsize)
@@ -243,7 +246,10 @@ def _check_plan(op: str, rows: int | None, order_R: Tensor, row_TK: Tensor, kept
     for name, index in (("order", order_R), ("row", row_TK)):
         if index.dtype != torch.int64:
             raise ValueError(f"{op}: {name} is {index.dtype}; need int64, as sort_tokens returns it")
-    if row_TK.ndim != 2 or order_R.shape != (row_TK.numel(),) or rows not in (None, row_TK.numel()):
+    choices = row_TK.numel()
+    # only rows that are not kept may be missing
+    fits = order_R.ndim == 1 and (len(order_R) == choices if kept_TK is None else len(order_R) <= choices)
+    if row_TK.ndim != 2 or not fits or rows not in (None, len(order_R)):
         counted = "" if rows is None else f", {rows} expert rows"
         raise ValueError(
             f"{op}: order {tuple(order_R.shape)} [T * K]{counted} and row {tuple(row_TK.shape)} [T, K] do not fit each other"

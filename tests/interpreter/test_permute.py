@@ -101,6 +101,23 @@ def test_rows_that_did_not_travel_leak_nowhere() -> None:
     assert_same({"gradient of x_TD": grad_dirty}, {"gradient of x_TD": grad_clean})
 
 
+@pytest.mark.parametrize("share", [0.6, 0.0, 1.0])
+def test_rows_that_are_not_kept_may_be_missing(share: float) -> None:
+    kept_TK, grad_TD, rows_RD, weights_TK = torch.rand(20, 3) < share, torch.randn(20, 6), torch.randn(60, 6), torch.rand(20, 3)
+    order_R, row_TK, counts_E = sort_tokens(torch.rand(20, 5).argsort(-1)[:, :3], 5, kept_TK)
+    end, found = int(counts_E.sum()), []
+    for order in (order_R, order_R[:end]):
+        x_TD, y_RD, w_TK = (x.clone().requires_grad_() for x in (grad_TD, rows_RD[: len(order)], weights_TK))
+        there_RD, back_TD = permute(x_TD, order, row_TK, kept_TK), unpermute(y_RD, w_TK, order, row_TK, kept_TK)
+        assert there_RD.shape == y_RD.shape
+        (grad_x_TD,) = torch.autograd.grad(there_RD, x_TD, rows_RD[: len(order)])
+        grad_y_RD, grad_w_TK = torch.autograd.grad(back_TD, (y_RD, w_TK), grad_TD)
+        found.append({"there": there_RD[:end], "back": back_TD, "x": grad_x_TD, "y": grad_y_RD[:end], "weights": grad_w_TK})
+    assert_same(found[1], found[0])
+    want_TD = reference.unpermute(rows_RD[:end], weights_TK, order_R[:end], row_TK, kept_TK)
+    assert_same({"back": found[1]["back"]}, {"back": want_TD}, 1e-6)
+
+
 def test_strided_inputs_and_expanded_gradients() -> None:
     order_R, row_TK, _, kept_TK = plan(10, 4, 6, drops=True)
     x_DT, y_RD, weights_KT = torch.randn(24, 10), torch.randn(40, 48), torch.rand(4, 10)
@@ -185,6 +202,7 @@ GOOD = {
         ({"y_RD": torch.zeros(7, 5)}, r"7 expert rows and row \(3, 2\)"),
         ({"weights_TK": torch.zeros(2, 3)}, r"weights \(2, 3\) and row \(3, 2\)"),
         ({"order_R": torch.zeros(5, dtype=LONG)}, r"order \(5,\)"),
+        ({"order_R": torch.zeros(5, dtype=LONG), "kept_TK": torch.ones(3, 2, dtype=torch.bool)}, "order .*, 6 expert rows"),
         ({"order_R": torch.zeros(6, dtype=torch.int32)}, "order is torch.int32"),
         ({"row_TK": torch.zeros(3, 2)}, "row is torch.float32"),
         ({"kept_TK": torch.ones(3, 2)}, "mask is torch.float32"),

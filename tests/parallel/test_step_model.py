@@ -9,7 +9,7 @@ import pytest
 from moefold.parallel.cost_model import ComputeFit, ComputeModel, LinkFit, LinkModel
 from moefold.parallel.plan import Load
 from moefold.parallel.step_costs import Measured
-from moefold.parallel.step_model import Alone, Base, Folding, Prediction, calibrate, layers_work, predict
+from moefold.parallel.step_model import Alone, Base, Folding, Prediction, calibrate, copies, layers_work, predict
 from moefold.parallel.step_profile import StageTime, StepProfile
 from moefold.parallel.step_volume import HopRows, Volume, Way
 
@@ -92,13 +92,20 @@ def test_two_levels_have_their_own_rows_and_copies() -> None:
     # notes travel with the rows that go up: a number for weight and one for place of each choice, one way
     notes_s = 2 * 2 * 800 * 2 * 4 * 4 * LINK_S
     assert two.parts["layers"] == pytest.approx(up_s + inside_s + notes_s + FLOPS_S, rel=1e-2)
-    # 800 tokens go to the other node and as many stay; each is laid out for its 4 choices, there and back
-    passing = 2 * 4 * 2 * 800
+    # 800 tokens go to the other node and as many stay; each is copied once on its way there, and once back
+    passing = 2 * 2 * 800
     assert two.parts["rows"] == pytest.approx(0.16 * (4 * ROWS + passing) / (4 * ROWS))
     less = exchange_s(0.75 * ROWS) - up_s - inside_s - notes_s - 0.16 * passing / (4 * ROWS)
     assert two.seconds == pytest.approx(STEP_S - less, rel=1e-3)
     [few] = predicted([replace(TWO, rate=0.5)], base(stages=copying))
-    assert few.parts["rows"] == pytest.approx(0.16 * (2 * ROWS + 2 * 2 * 400) / (4 * ROWS)), "compressed rows have one choice"
+    assert few.parts["rows"] == pytest.approx(0.16 * (4 * ROWS / 2 + passing / 2) / (4 * ROWS))
+
+
+def test_a_node_of_one_rank_orders_no_rows_by_source() -> None:
+    alone = folding(load=replace(LOAD, nodes=4))
+    rows = volumes()[FLAT] + [Volume((HopRows(900, 1.0),), ROWS, ROWS)]
+    assert copies(FLAT, alone.load, rows[:1]) == 4 * ROWS
+    assert copies(TWO, alone.load, rows[2:]) == 2 * ROWS + 2 * 900 * 4 / 3
 
 
 def test_another_folding_pays_for_its_sharding_and_updates() -> None:
