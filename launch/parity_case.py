@@ -45,6 +45,7 @@ def parity_case(config: RunConfig, topology: Topology) -> ParityCase:
         recompute=config.parallel.recompute,
         ranks_per_node=None if config.parallel.ranks_per_node is None else min(config.parallel.ranks_per_node, topology.world),
         pieces=config.parallel.pieces,
+        gradient_windows=config.parallel.gradient_windows,
         seed=config.train.seed,
         optimizer=OptimizerSettings(
             betas=(o.beta1, o.beta2),

@@ -19,10 +19,11 @@ from ..moe.errors import ConfigError, Problem, TopologyError
 from ..moe.model import Model
 from ..parallel.apply import compute_dtype
 from ..parallel.cost_model import ComputeFit, LinkFit, measure_contention, measure_experts, measure_links
+from ..parallel.gradient_placement import LayerGaps, Placement, gap_between, place_gradients
 from ..parallel.mesh import Mesh, build_mesh, find_nodes
 from ..parallel.nodes import NodeMap, two_levels
 from ..parallel.plan import LayerPlan, ModelSummary, Plan, fingerprint, layer_work
-from ..parallel.schedule import MOST_CHUNKS, Choice, Costs, LayerWork, Placement, best_chunks, place_gradients, simulate
+from ..parallel.schedule import MOST_CHUNKS, Choice, Costs, LayerWork, best_chunks, simulate
 from ..parallel.topology import Topology
 from .layout import check_topology
 from .plan_text import size_text
@@ -154,7 +155,7 @@ def _plan(config: RunConfig, topology: Topology, device: torch.device, rank: int
         found = Findings(
             experts=measured.experts,
             variants=_variants(made.model, models, made.costs, choice),
-            gradients=_placed(config.model, made.model, topology, made.links, work, made.costs, choice),
+            gradients=measured.gradients,
             timelines=(f"forward in {choice.chunks.forward}\n{drawn[0]}", f"backward in {choice.chunks.backward}\n{drawn[1]}"),
         )
     return PlanResult(made, rank, time.perf_counter() - start_s, found, (*notes, *measured.doubts))
@@ -162,11 +163,13 @@ def _plan(config: RunConfig, topology: Topology, device: torch.device, rank: int
 
 @dataclass(frozen=True)
 class Measured:
-    """A plan, the choice it holds and the experts' fits; these are None where there is no link. doubts: about measurements."""
+    """A plan, the choice it holds, the experts' fits and where gradients go; these are None where there is no link. doubts: about
+    measurements."""
 
     plan: Plan
     choice: Choice | None = None
     experts: tuple[ComputeFit, ComputeFit] | None = None
+    gradients: Placement | None = None
     doubts: tuple[str, ...] = ()
 
 
@@ -181,11 +184,14 @@ def measure(config: RunConfig, mesh: Mesh, nodes: NodeMap | None, measure_s: flo
     links = measure_links(mesh, 0.6 * measure_s)
     experts, contention = _measure_work(config, model, mesh, links["flat"], 0.4 * measure_s)
     costs = Costs(experts[0].model, experts[1].model, contention)
-    choice = best_chunks(model.work({name: fit.model for name, fit in links.items()}), costs)
+    work = model.work({name: fit.model for name, fit in links.items()})
+    choice = best_chunks(work, costs)
     best, whole = choice.best, choice.way(1)
     seconds = (best.forward_s, best.backward_s, whole.forward_s, whole.backward_s)
-    layers = tuple(LayerPlan(layer, best.chunks, *seconds) for layer in model.layers)
-    return Measured(Plan(__version__, made_of, model, layers, links, costs), choice, experts, tuple(_doubts(links)))
+    placed = _placed(config, model, mesh.topology, links, work, costs, choice)
+    windows = dict(zip(reversed(model.layers), placed.windows, strict=True)) if placed is not None else {}
+    layers = tuple(LayerPlan(layer, best.chunks, *seconds, windows.get(layer)) for layer in model.layers)
+    return Measured(Plan(__version__, made_of, model, layers, links, costs), choice, experts, placed, tuple(_doubts(links)))
 
 
 def summary(config: RunConfig, mesh: Mesh, nodes: NodeMap | None) -> ModelSummary:
@@ -255,7 +261,7 @@ def _variants(model: ModelSummary, links: Mapping[str, Any], costs: Costs, choic
 
 
 def _placed(
-    config: ModelConfig,
+    config: RunConfig,
     model: ModelSummary,
     topology: Topology,
     links: Mapping[str, LinkFit],
@@ -263,23 +269,66 @@ def _placed(
     costs: Costs,
     choice: Choice,
 ) -> Placement | None:
+    """Where gradients go. Attention and dense layers are taken to be as fast for their operations as experts in backward, and
+    what FSDP gathers meanwhile is left out."""
     if "gradients" not in links:
         return None
-    idle = simulate(work, costs, choice.chunks, backward=True).idle(work.hops[0].resource)
-    sizes = gradient_bytes(config, topology)
-    groups = list(reversed(model.layers))
-    # of a MoE layer and the dense ones after it, up to the next MoE layer
-    ends = [config.num_layers, *groups[:-1]]
-    each = [sum(sizes[layer:end]) for layer, end in zip(groups, ends, strict=True)]
-    return place_gradients([idle] * len(groups), each, links["gradients"].model)
+    # with several exchanges, others are under way while experts compute
+    alone = choice.chunks.backward == 1
+    resource = work.hops[0].resource
+    experts_s = gap_between(simulate(work, costs, choice.chunks, backward=True), resource) if alone else 0.0
+    sizes, seconds = gradient_bytes(config.model, topology), rest_seconds(config, model, costs)
+    tops = list(reversed(model.layers))
+    gaps = []
+    for top, below in zip(tops, [*tops[1:], -1], strict=True):
+        group = slice(below + 1, top + 1)
+        other_bytes = sum(other for _, other in sizes.blocks[group])
+        gaps.append(LayerGaps(experts_s, sum(seconds[group]), sizes.blocks[top][0], other_bytes))
+    above_bytes = sum(other for _, other in sizes.blocks[tops[0] + 1 :])
+    return place_gradients(gaps, links["gradients"].model, first_bytes=above_bytes, last_bytes=sizes.outside)
 
 
-def gradient_bytes(config: ModelConfig, topology: Topology) -> list[float]:
-    """Bytes of the fp32 gradients of each block that one rank adds up with other ranks; tensor-parallel ranks share evenly."""
+def rest_seconds(config: RunConfig, model: ModelSummary, costs: Costs) -> list[float]:
+    """Backward of each block without its MoE layer: twice the products with weights and the two of causal attention; all of these
+    once more where they are recomputed."""
+    width = config.model.num_heads * config.model.resolved_head_dim
+    passes = 3 if config.parallel.recompute == "selective" else 2
+    found = []
+    for parameters in _parameters(config.model)[0]:
+        values = sum(n for name, n in parameters.items() if not name.startswith("moe."))
+        forward = model.load.tokens * (2.0 * values + 2.0 * config.data.seq_len * width)
+        found.append(costs.backward.seconds(passes * forward))
+    return found
+
+
+@dataclass(frozen=True)
+class GradientBytes:
+    """Of fp32 gradients that one rank adds up with others. blocks: each one's (experts, others). outside: of blocks."""
+
+    blocks: tuple[tuple[float, float], ...]
+    outside: float
+
+
+def gradient_bytes(config: ModelConfig, topology: Topology) -> GradientBytes:
+    """What a rank adds up with other ranks (with replicas, of its shard); tensor-parallel ranks share evenly."""
+    t = topology
+    # with replicas, shards have been added up before
+    expert = 4.0 * (t.edp > 1) / (t.ep * t.etp) / (t.edp_shard if t.edp_replicate > 1 else 1)
+    other = 4.0 * (t.dp > 1) / t.tp / (t.dp_shard if t.dp_replicate > 1 else 1)
+    blocks, outside = _parameters(config)
+    found = []
+    for parameters in blocks:
+        experts = sum(n for name, n in parameters.items() if ".experts." in f".{name}")
+        found.append((expert * experts, other * (sum(parameters.values()) - experts)))
+    return GradientBytes(tuple(found), other * outside)
+
+
+def _parameters(config: ModelConfig) -> tuple[list[dict[str, int]], int]:
+    """How many values the parameters of each block have, by name, and all those outside of blocks."""
     with torch.device("meta"):
-        blocks = Model(config, init=False).blocks
-    shared = {True: (topology.edp > 1) / (topology.ep * topology.etp), False: (topology.dp > 1) / topology.tp}
-    return [sum(4.0 * p.numel() * shared[".experts." in f".{name}"] for name, p in b.named_parameters()) for b in blocks]
+        model = Model(config, init=False)
+    blocks = [{name: p.numel() for name, p in block.named_parameters()} for block in model.blocks]
+    return blocks, sum(p.numel() for p in model.parameters()) - sum(sum(b.values()) for b in blocks)
 
 
 def main() -> int:

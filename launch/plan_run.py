@@ -11,6 +11,7 @@ from typing import Any
 
 from ..moe.errors import ConfigError
 from ..parallel.apply import LayerPieces
+from ..parallel.gradient_windows import Windows
 from ..parallel.mesh import Mesh
 from ..parallel.plan import Plan, check_plan, differences, fingerprint
 from ..parallel.recorder import CommRecorder
@@ -30,11 +31,13 @@ FILE = "plan.json"
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What layers are sent in, and the plan that says so, if there is one. kept: its file, where it is this run's own."""
+    """What layers are sent in, and the plan that says so, if there is one. kept: its file, where it is this run's own. windows:
+    where gradients are summed."""
 
     pieces: LayerPieces
     plan: Plan | None = None
     kept: Path | None = None
+    windows: Windows = False
 
 
 def plan_for_run(
@@ -50,9 +53,9 @@ def plan_for_run(
         ConfigError: the file `parallel.plan` cannot be read, or is for something else; a model without MoE layers.
     """
     if config.parallel.plan is None:
-        return RunPlan(config.parallel.pieces)
+        return RunPlan(config.parallel.pieces, windows=config.parallel.gradient_windows)
     if config.parallel.plan != "auto":
-        return _of(planned(config, mesh))
+        return _of(planned(config, mesh), config)
     path = folder / FILE
     nodes, _ = split_nodes(config, mesh.topology)
     here, model = fingerprint(mesh), summary(config, mesh, nodes)
@@ -73,11 +76,12 @@ def plan_for_run(
         for doubt in measured.doubts:
             say(f"plan: {doubt}")
     say(f"plan: {verdict(plan)} ({path})")
-    return _of(plan, path)
+    return _of(plan, config, path)
 
 
-def _of(plan: Plan, kept: Path | None = None) -> RunPlan:
-    return RunPlan({layer: plan.chunks(layer) for layer in plan.model.layers}, plan, kept)
+def _of(plan: Plan, config: RunConfig, kept: Path | None = None) -> RunPlan:
+    windows: Windows = plan.windows if config.parallel.gradient_windows else False
+    return RunPlan({layer: plan.chunks(layer) for layer in plan.model.layers}, plan, kept, windows)
 
 
 def planned(config: RunConfig, mesh: Mesh) -> Plan:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..moe.dispatch import Pieces
+from ..parallel.gradient_placement import Placement
 from ..parallel.plan import Plan
-from ..parallel.schedule import Placement
 
 if TYPE_CHECKING:
     from .plan import Findings, PlanResult, Variant
@@ -102,8 +102,8 @@ def _gradients(placed: Placement | None) -> list[str]:
     if placed is None:
         return ["gradients: no data ranks to add them up with"]
     return [
-        f"gradients of all layers take {_ms(placed.serial_s)} ms to add up; in the gaps of the slow link in backward all but "
-        f"{_ms(placed.exposed_s)} ms would be hidden (predicted; training does not place them there)"
+        f"gradients take {_ms(placed.serial_s)} ms to add up; in the gaps of the slow link in backward all but "
+        f"{_ms(placed.exposed_s)} ms of it are hidden (predicted; parallel.gradient_windows = true puts them there)"
     ]
 
 

@@ -17,6 +17,7 @@ from ..moe.config import CompressConfig, with_defaults
 from ..moe.errors import CheckpointError, DataError, MoefoldError, NumericsError
 from ..parallel.apply import LayerPieces, compute_dtype
 from ..parallel.engine import Engine, OptimizerSettings
+from ..parallel.gradient_windows import Windows
 from ..parallel.mesh import Mesh, build_mesh, nodes_for
 from ..parallel.recorder import CommRecorder
 from ..parallel.topology import Topology
@@ -193,7 +194,7 @@ def _train(
     mesh = build_mesh(topology, device, config.parallel.timeout_s, nodes)
     recorder = CommRecorder(crew.rank, device) if config.log.comm and crew.world > 1 else None
     plan = plan_for_run(config, mesh, crew, run.path, say)
-    engine = build_engine(config, mesh, len(data.domains), recorder, plan.pieces)
+    engine = build_engine(config, mesh, len(data.domains), recorder, plan.pieces, plan.windows)
     checkpointer = Checkpointer(run.checkpoints, keep=config.checkpoint.keep, background=config.checkpoint.async_save)
     meta = {"model": dataclasses.asdict(config.model), "data": _data_identity(config, data), "layout": topology.to_dict()}
     tokens = _restore(engine, checkpointer, decision, meta, say)
@@ -258,7 +259,12 @@ def _finish(
 
 
 def build_engine(
-    config: RunConfig, mesh: Mesh, num_domains: int, recorder: CommRecorder | None = None, pieces: LayerPieces = 1
+    config: RunConfig,
+    mesh: Mesh,
+    num_domains: int,
+    recorder: CommRecorder | None = None,
+    pieces: LayerPieces = 1,
+    windows: Windows = False,
 ) -> Engine:
     """The model, its optimizer and its balance state as `config` wants them, spread over `mesh`. Collective."""
     o = config.train.optimizer
@@ -272,6 +278,7 @@ def build_engine(
         num_domains=num_domains,
         pieces=pieces,
         recorder=recorder,
+        gradient_windows=windows,
     )
 
 

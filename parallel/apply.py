@@ -19,6 +19,7 @@ from ..moe.init import initial_value
 from ..moe.layer import MoELayer
 from ..moe.model import Block, Model
 from .all_to_all import AllToAllDispatcher
+from .gradient_windows import GradientWindows
 from .hierarchical import HierarchicalDispatcher
 from .mesh import Mesh
 from .peers import MeshPeers
@@ -77,10 +78,13 @@ def parallelize(
     recompute: str = "none",
     pieces: LayerPieces = 1,
     recorder: CommRecorder | None = None,
+    windows: GradientWindows | None = None,
 ) -> tuple[Model, tuple[ShardedParameter, ...]]:
     """Build the model on this rank: its shards of the weights that `seed` gives, ready for forward and backward.
 
     Never holds more than one block of unsharded weights. Collective over the mesh.
+
+    windows: sums gradients instead of FSDP; backward then belongs inside its `around`.
 
     Returns:
         The model, and its parameters in a fixed order that is the same on every rank.
@@ -103,11 +107,14 @@ def parallelize(
     if recompute == "selective":
         apply_recompute(model)
     for index, block in enumerate(model.blocks):
-        _shard_block(block, f"layers.{index}.", placements, mesh, policy)
-    _shard_module(model, mesh, expert=False, policy=policy)
+        _shard_block(block, f"layers.{index}.", placements, mesh, policy, replicas=windows is None)
+    _shard_module(model, mesh, expert=False, policy=policy, replicas=windows is None)
     if recorder is not None:
-        record_sharding(model, mesh, recorder)
-    return model, tuple(ShardedParameter(placements[name], p) for name, p in model.named_parameters())
+        record_sharding(model, mesh, recorder, replicas=windows is None)
+    parameters = tuple(ShardedParameter(placements[name], p) for name, p in model.named_parameters())
+    if windows is not None:
+        windows.attach(model, mesh, parameters)
+    return model, parameters
 
 
 def attach_doors(model: Model, mesh: Mesh, pieces: LayerPieces = 1, recorder: CommRecorder | None = None) -> None:
@@ -177,14 +184,19 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _shard_block(
-    block: Block, prefix: str, placements: dict[str, Placement], mesh: Mesh, policy: MixedPrecisionPolicy | None
+    block: Block,
+    prefix: str,
+    placements: dict[str, Placement],
+    mesh: Mesh,
+    policy: MixedPrecisionPolicy | None,
+    replicas: bool,
 ) -> None:
     if block.moe is not None:
         dims = {p: placements[f"{prefix}moe.experts.{n}"].data_dim for n, p in block.moe.experts.named_parameters()}
-        _shard_module(block.moe.experts, mesh, expert=True, policy=policy, data_dims=dims)
+        _shard_module(block.moe.experts, mesh, expert=True, policy=policy, replicas=replicas, data_dims=dims)
     # these stay whole and uncast on every rank
-    ignored = set() if block.moe is None else {p for n, p in block.moe.named_parameters() if n.endswith(WHOLE)}
-    _shard_module(block, mesh, expert=False, policy=policy, ignored=ignored)
+    ignored = {p for n, p in block.named_parameters() if n.endswith(WHOLE)}
+    _shard_module(block, mesh, expert=False, policy=policy, replicas=replicas, ignored=ignored)
 
 
 def _shard_module(
@@ -193,14 +205,15 @@ def _shard_module(
     *,
     expert: bool,
     policy: MixedPrecisionPolicy | None,
+    replicas: bool,
     data_dims: dict[nn.Parameter, int] | None = None,
     ignored: set[nn.Parameter] | None = None,
 ) -> None:
-    """FSDP2 over the data ranks, with gradients summed instead of averaged."""
+    """FSDP2 over the data ranks, with gradients summed instead of averaged. replicas: whether it sums over replicas too."""
     dims = data_dims or {}
     fully_shard(
         module,
-        mesh=mesh.data_mesh(expert),
+        mesh=mesh.data_mesh(expert, replicas),
         shard_placement_fn=lambda p: Shard(dims.get(p, 0)),
         mp_policy=policy or MixedPrecisionPolicy(cast_forward_inputs=False),
         ignored_params=ignored or set(),

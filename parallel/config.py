@@ -36,6 +36,9 @@ class ParallelConfig:
     plan: str | None = None
     """Instead of `pieces`: the file of `moefold plan` for this model, layout and cluster, which says how many each layer is sent
     in, forward and backward; or 'auto': measured in the first seconds of the run and kept in its directory."""
+    gradient_windows: bool = False
+    """Sum gradients over data ranks where no rows travel in backward, instead of whenever FSDP comes to it: as much as the plan
+    gives to each place, or without a plan all that is there. Same sums; needs memory for the gradients that wait."""
     timeout_s: float = 600.0
     """A collective that takes longer than this stops the job (exit code 5)."""
 

@@ -189,7 +189,8 @@ def measure_links(mesh: Mesh, budget_s: float = 3.0, sizes: Sequence[int] = SIZE
 
     Returns:
         The same on every rank: "flat" over (ep, etp) groups; "across" and "inside" nodes, where the mesh has them and they are
-        parts of the flat group; "gradients", the reduction over data ranks. A group of one rank has no link.
+        parts of the flat group; "gradients", the reduction over data ranks, or over replicas if there are any. A group of one
+        rank has no link.
     """
     jobs = _jobs(mesh)
     fits = {}
@@ -208,7 +209,7 @@ def _jobs(mesh: Mesh) -> dict[str, tuple[str, dist.ProcessGroup]]:
     jobs = {"flat": ("all_to_all", mesh.ep_etp_group)}
     if mesh.by_node is not None and len(mesh.by_node.levels.inside) > 1:
         jobs |= {"across": ("all_to_all", mesh.by_node.across), "inside": ("all_to_all", mesh.by_node.inside)}
-    kind = "dp_shard" if mesh.topology.dp_shard > 1 else "dp_replicate"
+    kind = "dp_shard" if mesh.topology.dp_replicate == 1 else "dp_replicate"
     jobs["gradients"] = ("reduce_scatter" if kind == "dp_shard" else "all_reduce", mesh.dense.get_group(kind))
     return {name: job for name, job in jobs.items() if dist.get_world_size(job[1]) > 1}
 

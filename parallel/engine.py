@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..moe.load import Aux
 from ..moe.model import Model
 from .apply import LayerPieces, moe_layers, parallelize
 from .collectives import all_reduce
+from .gradient_windows import GradientWindows, Windows
 from .gradients import clip_gradients, complete_gradients, gradient_norm
 from .mesh import Mesh
 from .optimizer import ShardedAdamW
@@ -83,6 +84,7 @@ class Engine:
         precision, recompute, pieces: see `TrainConfig` and `ParallelConfig`; pieces may differ by layer.
         num_domains: sources of training text, for statistics.
         recorder: of this rank's communication; None = none is recorded.
+        gradient_windows: where gradients are summed over data ranks, see `gradient_windows.Windows`.
     """
 
     def __init__(
@@ -97,11 +99,13 @@ class Engine:
         optimizer: OptimizerSettings | None = None,
         num_domains: int = 1,
         recorder: CommRecorder | None = None,
+        gradient_windows: Windows = False,
     ):
         self.config, self.mesh, self.num_domains, self.recorder = config, mesh, num_domains, recorder
         self.model: Model
         how: dict[str, Any] = {"precision": precision, "recompute": recompute, "pieces": pieces, "recorder": recorder}
-        self.model, self.parameters = parallelize(config, mesh, seed=seed, **how)
+        self.windows = None if gradient_windows is False else GradientWindows(gradient_windows, recorder)
+        self.model, self.parameters = parallelize(config, mesh, seed=seed, windows=self.windows, **how)
         self.settings = optimizer or OptimizerSettings()
         self.optimizer = ShardedAdamW(
             self.parameters,
@@ -131,8 +135,10 @@ class Engine:
         self.balancer.start_step(len(batches), exact_LE)
         sums = StepSums(self.mesh, self.num_domains, self.recorder)
         for index, batch in enumerate(batches):
-            self._sum_over_replicas(index == len(batches) - 1)
-            self._forward_backward(batch, tokens, sums)
+            last = index == len(batches) - 1
+            self._sum_over_replicas(last)
+            windows = nullcontext() if self.windows is None else self.windows.around(first=index == 0, last=last)
+            self._forward_backward(batch, tokens, sums, windows)
         complete_gradients(self.parameters, self.mesh, self.recorder)
         norm = gradient_norm(self.parameters, self.mesh, self.recorder)
         stats = sums.reduce(tokens, vote)
@@ -158,12 +164,12 @@ class Engine:
         """Whether the next backward adds gradients over replicas; once per step is enough, on its last micro-batch."""
         if self.recorder is not None:
             self.recorder.sums_over_replicas = now
-        if self.mesh.topology.hsdp > 1:
+        if self.mesh.topology.hsdp > 1 and self.windows is None:
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
                     module.set_requires_all_reduce(now, recurse=False)
 
-    def _forward_backward(self, batch: MicroBatch, tokens: int, sums: StepSums) -> None:
+    def _forward_backward(self, batch: MicroBatch, tokens: int, sums: StepSums, windows: AbstractContextManager[None]) -> None:
         terms: list[Tensor] = []
         loss_sum, aux = self.model(
             batch.tokens_BS,
@@ -173,7 +179,7 @@ class Engine:
             on_aux=lambda aux: terms.append(self.balancer.losses(aux)),
         )
         total = loss_sum if not terms else loss_sum + terms[0].to(loss_sum.dtype)
-        with nullcontext() if self.recorder is None else self.recorder.during("backward"):
+        with windows, nullcontext() if self.recorder is None else self.recorder.during("backward"):
             (total / tokens).backward()
         sums.add(loss_sum.detach(), aux, batch.domain_B)
 

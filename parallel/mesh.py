@@ -36,7 +36,7 @@ class Mesh:
 
     dense: DeviceMesh (dp_replicate, dp_shard, tp); expert: DeviceMesh (edp_replicate, edp_shard, ep, etp).
     world_group: all ranks; ep_etp_group: ranks that together hold one copy of all experts, ordered by (ep, etp).
-    by_node: this group in two levels, where the mesh was built with a map of nodes.
+    by_node: this group in two levels, where the mesh was built with a map of nodes. timeout_s: of a collective.
     """
 
     topology: Topology
@@ -48,15 +48,16 @@ class Mesh:
     world_group: dist.ProcessGroup
     ep_etp_group: dist.ProcessGroup
     by_node: NodeGroups | None = None
+    timeout_s: float = 600.0
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
         return self.dense.get_group("tp")
 
-    def data_mesh(self, expert: bool) -> DeviceMesh:
-        """The mesh that parameters are sharded over: 1-D, or (replicate, shard) with replicas."""
+    def data_mesh(self, expert: bool, replicas: bool = True) -> DeviceMesh:
+        """The mesh that parameters are sharded over: 1-D, or (replicate, shard) with replicas, unless these are left out."""
         mesh, prefix = (self.expert, "edp") if expert else (self.dense, "dp")
-        if self.topology.hsdp == 1:
+        if self.topology.hsdp == 1 or not replicas:
             return mesh[f"{prefix}_shard"]
         return mesh[f"{prefix}_replicate", f"{prefix}_shard"]
 
@@ -110,19 +111,20 @@ def build_mesh(topology: Topology, device: torch.device, timeout_s: float = 600.
     rank = dist.get_rank()
     joint = topology.groups("ep_etp")
     levels = () if nodes is None else tuple(two_levels(members, nodes, topology.etp) for members in joint)
-    joint_group = _own_group(joint, rank, timeout_s)
+    joint_group = own_group(joint, rank, timeout_s)
     by_node = None
     if levels:
-        inside = _own_group([ranks for level in levels for ranks in level.inside], rank, timeout_s)
-        across = _own_group([ranks for level in levels for ranks in level.across], rank, timeout_s)
+        inside = own_group([ranks for level in levels for ranks in level.inside], rank, timeout_s)
+        across = own_group([ranks for level in levels for ranks in level.across], rank, timeout_s)
         own = next(level for level, members in zip(levels, joint, strict=True) if rank in members)
         by_node = NodeGroups(own, inside, across)
     assert dist.group.WORLD is not None
-    return Mesh(topology, topology.coordinates(rank), rank, device, dense, expert, dist.group.WORLD, joint_group, by_node)
+    groups = (dense, expert, dist.group.WORLD, joint_group, by_node)
+    return Mesh(topology, topology.coordinates(rank), rank, device, *groups, timeout_s=timeout_s)
 
 
-def _own_group(groups: Sequence[Sequence[int]], rank: int, timeout_s: float) -> dist.ProcessGroup:
-    """Make all of these groups, as every rank must, and return the one that this rank is in."""
+def own_group(groups: Sequence[Sequence[int]], rank: int, timeout_s: float) -> dist.ProcessGroup:
+    """Make all of these groups, as every rank must, and return the one that this rank is in. Collective."""
     own = None
     for members in groups:
         group = dist.new_group(list(members), timeout=timedelta(seconds=timeout_s))

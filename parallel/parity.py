@@ -33,7 +33,8 @@ Arrays = dict[str, np.ndarray]
 class ParityCase:
     """What both sides run.
 
-    ranks_per_node: ranks that count as one machine, for experts in two levels. pieces: see `ParallelConfig`.
+    ranks_per_node: ranks that count as one machine, for experts in two levels. pieces,
+    gradient_windows: see `ParallelConfig`.
     num_micro: micro-batches per step. valid_share: share of positions that count (1 = all); which ones differs between sequences,
     so that ranks hold unequal numbers. Micro-batch m of a step takes rows [m, m + 1) * global_batch / num_micro, data ranks
     split it.
@@ -53,6 +54,7 @@ class ParityCase:
     start_bias: tuple[float, ...] = ()
     ranks_per_node: int | None = None
     pieces: int = 1
+    gradient_windows: bool = False
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(grad_clip=1.0))
 
 
@@ -266,8 +268,9 @@ def build_engine(case: ParityCase, layout: dict[str, int], device: torch.device 
     """The case's model on this rank of the default process group, before its first step. Collective."""
     nodes = nodes_for(case.model, case.ranks_per_node)
     mesh = build_mesh(Topology(dist.get_world_size(), **layout), device or torch.device("cpu"), nodes=nodes)
-    how = {"precision": case.precision, "recompute": case.recompute, "pieces": case.pieces}
-    engine = RecordingEngine(case.model, mesh, seed=case.seed, optimizer=case.optimizer, **how)
+    how: dict[str, Any] = {"precision": case.precision, "recompute": case.recompute, "pieces": case.pieces}
+    how |= {"seed": case.seed, "optimizer": case.optimizer, "gradient_windows": case.gradient_windows}
+    engine = RecordingEngine(case.model, mesh, **how)
     _set_start_bias(case, engine.model)
     return engine
 

@@ -26,11 +26,13 @@ from ..moe.dispatch import Pieces
 from ..moe.errors import ConfigError, Problem
 from .apply import compute_dtype
 from .cost_model import LinkFit, LinkModel
+from .gradient_placement import WindowBytes
+from .gradient_windows import Windows
 from .mesh import Mesh
 from .schedule import Costs, Hop, LayerWork, Resource
 from .topology import Topology
 
-SCHEMA = 2
+SCHEMA = 3
 MOST_SHOWN = 8
 """Hosts or layers that an error lists."""
 _AGAIN = "measure again with `moefold plan CONFIG --out FILE`"
@@ -173,7 +175,10 @@ def fingerprint(mesh: Mesh) -> Fingerprint:
 @dataclass(frozen=True)
 class LayerPlan:
     """One MoE layer: its index among the model's blocks, the pieces it is sent in, and the seconds predicted for them and for one
-    piece; None where nothing travels, so that nothing was predicted."""
+    piece; None where nothing travels, so that nothing was predicted.
+
+    windows: gradients that are summed in its backward, None where there is nobody to sum with or nothing was predicted.
+    """
 
     layer: int
     chunks: Pieces
@@ -181,6 +186,7 @@ class LayerPlan:
     backward_s: float | None = None
     forward_1_s: float | None = None
     backward_1_s: float | None = None
+    windows: WindowBytes | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,12 @@ class Plan:
     def chunks(self, layer: int) -> Pieces:
         """Pieces of the MoE layer in this block of the model. Raises KeyError for a block without one."""
         return {plan.layer: plan.chunks for plan in self.layers}[layer]
+
+    @property
+    def windows(self) -> Windows:
+        """Where gradients are summed: as predicted, and at the next place where nothing was."""
+        given = {plan.layer: plan.windows for plan in self.layers if plan.windows is not None}
+        return given if len(given) == len(self.layers) else True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -37,7 +37,7 @@ class _Group:
 class Span:
     """One collective under way; a context manager around a call that returns when it has ended.
 
-    For asynchronous work use `launched`.
+    For asynchronous work use `launched`, or `launch` and `waited`.
     """
 
     __slots__ = (
@@ -89,6 +89,12 @@ class Span:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.failed = kind is not None
         self.ended = self.probe.recorder.clock.mark()
+
+    def launch(self) -> Span:
+        """It begins, and nobody waits for it yet: see `waited`."""
+        self.__enter__()
+        self.waiting = None
+        return self
 
     def arrived(self, member: int) -> None:
         """Rows of this member of the group are here."""
@@ -273,13 +279,14 @@ def launched(
 
     The time from here to the wait is hidden, that of the wait is exposed.
     """
-    span = None if probe is None else probe.span(op, tensor.numel() * tensor.element_size(), direction=direction).__enter__()
+    span = None if probe is None else probe.span(op, tensor.numel() * tensor.element_size(), direction=direction).launch()
     work = start()
     assert work is not None, "the work has to be started with async_op=True, on a member of the group"
-    return functools.partial(_wait, work, span)
+    return functools.partial(waited, work, span)
 
 
-def _wait(work: dist.Work, span: Span | None) -> None:
+def waited(work: dist.Work, span: Span | None) -> None:
+    """Wait for work whose span began by `Span.launch`, None without a recorder."""
     if span is None or span.ended is not None:
         work.wait()
         return

@@ -9,7 +9,7 @@ On a GPU these run on streams of FSDP, beside the model: how long the model then
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,22 +22,29 @@ from .mesh import Mesh
 from .recorder import CommRecorder, Probe, Span
 
 
-def record_sharding(model: Model, mesh: Mesh, recorder: CommRecorder) -> None:
-    """Have the weights' gathers, scatters and sums over replicas of a model from `apply.parallelize` recorded."""
+def sharded_units(model: Model) -> Iterator[tuple[nn.Module, str, int | None]]:
+    """The modules that FSDP gathers and reduces as one, with their data axis and the index of their block, None outside."""
     for index, block in enumerate(model.blocks):
-        parts: list[tuple[nn.Module, str]] = [(block, "dp")]
+        yield block, "dp", index
         if block.moe is not None:
-            parts.append((block.moe.experts, "edp"))
-        for module, axis in parts:
-            _record(module, recorder, axis, mesh, index)
-    _record(model, recorder, "dp", mesh, None)
+            yield block.moe.experts, "edp", index
+    yield model, "dp", None
 
 
-def _record(module: nn.Module, recorder: CommRecorder, axis: str, mesh: Mesh, layer: int | None) -> None:
+def record_sharding(model: Model, mesh: Mesh, recorder: CommRecorder, *, replicas: bool = True) -> None:
+    """Have the weights' gathers, scatters and sums over replicas of a model from `apply.parallelize` recorded.
+
+    replicas: False where FSDP does not make the sums over replicas.
+    """
+    for module, axis, layer in sharded_units(model):
+        _record(module, recorder, axis, mesh, layer, replicas)
+
+
+def _record(module: nn.Module, recorder: CommRecorder, axis: str, mesh: Mesh, layer: int | None, sums: bool) -> None:
     assert isinstance(module, FSDPModule), f"{type(module).__name__} is not sharded: record after `parallelize`"
     view = mesh.expert if axis == "edp" else mesh.dense
     shards, replicas = view.get_group(f"{axis}_shard"), view.get_group(f"{axis}_replicate")
-    if dist.get_world_size(replicas) == 1:
+    if not sums or dist.get_world_size(replicas) == 1:
         record_fsdp(module, recorder, axis, shards, layer)
     else:
         record_hsdp(module, recorder, axis, shards, replicas, layer)

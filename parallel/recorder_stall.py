@@ -75,8 +75,8 @@ def state_of(recorder: CommRecorder, now_s: float, first_seen_s: Mapping[int, fl
     for span in recorder.spans():
         if span.complete():
             newest = newest if span.failed else span
-        elif oldest is None:
-            oldest = span
+        elif oldest is None and span.waiting is not None:
+            oldest = span  # of those that somebody waits for
     since_s = 0.0 if oldest is None else now_s - first_seen_s.get(oldest.seq, now_s)
     calls = {call_key(axis, members): n for (axis, members), n in recorder.calls().items()}
     return State(recorder.rank, _place(oldest, since_s), _place(newest, 0.0), calls)

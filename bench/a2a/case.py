@@ -91,7 +91,8 @@ class Variant:
     dispatcher: of `parallel.apply.build_dispatcher`, or 'deepspeed': DeepSpeed's layer in a loop of its own. pieces: see
     `ParallelConfig`. compressed: at the rate of the case; else every row travels. wire: see `CompressConfig`. own_all_to_all:
     rows go by gloo's own all-to-all, which posts sends first; else every receive is posted before any send. capacity: DeepSpeed's
-    factor, over which it drops choices; None = it drops none, and pads instead. every: takes part in each so many rounds.
+    factor, over which it drops choices; None = it drops none, and pads instead. windows: gradients are summed where no rows
+    travel in backward; else when FSDP comes to it. every: takes part in each so many rounds.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Variant:
     wire: Literal["none", "int8"] = "none"
     own_all_to_all: bool = False
     capacity: float | None = None
+    windows: bool = False
     every: int = 1
 
     @property
@@ -121,6 +123,8 @@ VARIANTS = (
     Variant(name="flat, LSH", dispatcher="all_to_all", compressed=True),
     Variant(name=HIERARCHICAL, dispatcher="hierarchical"),
     Variant(name="hierarchical, 2 pieces", dispatcher="hierarchical", pieces=2),
+    Variant(name="hierarchical, windows", dispatcher="hierarchical", windows=True),
+    Variant(name="hierarchical, 2 pieces, windows", dispatcher="hierarchical", pieces=2, windows=True),
     Variant(name="hierarchical, 3 pieces", dispatcher="hierarchical", pieces=3),
     Variant(name="hierarchical, 4 pieces", dispatcher="hierarchical", pieces=4),
     Variant(name=EVERYTHING, dispatcher="hierarchical", pieces=2, compressed=True),
@@ -130,7 +134,7 @@ VARIANTS = (
     Variant(name=DEEPSPEED_RECEIVING, dispatcher="deepspeed", every=3),
     Variant(name=DEEPSPEED_DROPPING, dispatcher="deepspeed", own_all_to_all=True, capacity=1.25, every=3),
 )
-IN_PIECES = tuple(v.name for v in VARIANTS if v.pieces > 1 and v.exact)
+IN_PIECES = tuple(v.name for v in VARIANTS if v.pieces > 1 and v.exact and not v.windows)
 """What the gain of pieces is taken from."""
 
 

@@ -33,6 +33,9 @@ from .case import Case, Variant
 class DeepSpeedFFN(nn.Module):
     """DeepSpeed's MoE where a block has its feed-forward network."""
 
+    b2_D = None
+    """It leaves no bias to the block."""
+
     def __init__(self, case: Case):
         super().__init__()
         from deepspeed.moe.layer import MoE

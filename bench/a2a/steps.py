@@ -60,7 +60,8 @@ class Bench:
         self.recorder = CommRecorder(self.rank, CPU)
         world = case.world
         mesh = build_mesh(Topology(world=world, ep=world, hsdp=world), CPU, nodes=nodes)
-        self.engine = Engine(case.model(), mesh, recorder=self.recorder)
+        self.engine = Engine(case.model(), mesh, recorder=self.recorder, gradient_windows=any(v.windows for v in variants))
+        self.windows = self.engine.windows
         self.dispatchers = {v.name: self._dispatchers(v) for v in variants if not v.deepspeed}
         own = slice(self.rank * case.sequences, (self.rank + 1) * case.sequences)
         self.batches = [MicroBatch(w[own, :-1].contiguous(), w[own, 1:].contiguous()) for w in windows_XBS]
@@ -123,6 +124,8 @@ class Bench:
         """(loss, rows sent to experts, error of compression)."""
         for layer, dispatcher in zip(self.engine.layers, self.dispatchers[variant.name], strict=True):
             layer.dispatcher = dispatcher
+        # without, sums are made where FSDP wants them
+        self.engine.windows = self.windows if variant.windows else None
         self.engine.set_compression(self.case.rate if variant.compressed else 1.0, sampled if variant.compressed else 0)
         with by_all_to_all() if variant.own_all_to_all else nullcontext():
             stats = self.engine.train_step([self.batches[-1]], 0.0).stats

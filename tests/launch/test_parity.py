@@ -82,9 +82,10 @@ def test_the_smaller_world_is_legal_and_small(world: int, degrees: dict[str, int
 
 def test_two_nodes_and_pieces_pass() -> None:
     two_levels = {"model.moe.dispatcher": "hierarchical", "parallel.ranks_per_node": 1, "parallel.pieces": 2}
+    two_levels["parallel.gradient_windows"] = True
     result = parity(quickstart(**{"parallel.ep": 2} | two_levels), 2)
     assert result.passed, result.render()
-    assert (result.case.ranks_per_node, result.case.pieces) == (1, 2)
+    assert (result.case.ranks_per_node, result.case.pieces, result.case.gradient_windows) == (1, 2, True)
 
 
 def test_settings_that_depend_on_the_layout_on_purpose_are_refused_together() -> None:
@@ -141,6 +142,9 @@ class TestSmallCase:
         assert (model.attention_bias, model.norm_order, model.rope_fraction) == ("all", "post", 0.5)
         assert model.sliding_window is not None and model.sliding_window < case.seq_len
         assert moe is not None and moe.shared_gate and moe.shared_width == 12
+        mixed = {"model.attention_experts": 8, "model.attention_expert_kv": "shared"}
+        model = parity_case(quickstart(**mixed), Topology(2, tp=2)).model
+        assert (model.attention_experts, model.attention_expert_kv) == (3, "shared")
 
     def test_a_model_that_is_dense_stays_dense(self) -> None:
         config = quickstart()

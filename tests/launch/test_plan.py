@@ -26,8 +26,10 @@ from moefold.launch.rundir import RunDir
 from moefold.launch.settings import RunConfig, RunSection
 from moefold.moe.dispatch import Pieces
 from moefold.moe.errors import ConfigError, TopologyError
+from moefold.moe.model import Model
 from moefold.parallel.apply import LayerPieces
 from moefold.parallel.cost_model import LinkModel
+from moefold.parallel.gradient_placement import WindowBytes
 from moefold.parallel.mesh import Mesh, build_mesh
 from moefold.parallel.plan import Plan
 from moefold.parallel.recorder import CommRecorder
@@ -119,6 +121,11 @@ def test_two_ranks_agree_on_a_plan_and_one_writes_it(gloo_pool: GlooPool, tmp_pa
         assert layer.chunks == chosen.chunks
         assert (layer.forward_s, layer.backward_s) == (chosen.best.forward_s, chosen.best.backward_s)
         assert (layer.forward_1_s, layer.backward_1_s) == (chosen.way(1).forward_s, chosen.way(1).backward_s)
+    assert first.findings.gradients is not None
+    windows = list(reversed(first.findings.gradients.windows))
+    assert [layer.windows for layer in first.plan.layers] == windows and first.plan.windows == dict(enumerate(windows))
+    assert first.findings.gradients.exposed_s <= first.findings.gradients.serial_s
+    assert "parallel.gradient_windows = true puts them there" in text
     table = [line.split() for line in text.splitlines()]
     for r in (1, 2, 4, 8):
         assert any(row[:2] == [str(r), f"{chosen.way(r).forward_s * 1e3:.3g}"] for row in table)
@@ -142,9 +149,16 @@ def test_gradients_are_shared_as_the_layout_shares_them() -> None:
     assert model.moe is not None
     experts = 4.0 * 3 * model.moe.num_experts * model.moe.expert_dim * model.dim
     whole = gradient_bytes(model, Topology(2))
-    assert gradient_bytes(model, Topology(2, ep=2)) == pytest.approx([size - experts for size in whole])
-    assert gradient_bytes(model, Topology(4, ep=2)) == pytest.approx([size - experts / 2 for size in whole])
-    assert gradient_bytes(model, Topology(1)) == [0.0, 0.0]
+    assert [of_experts for of_experts, _ in whole.blocks] == [experts] * 2
+    others = whole.blocks[0][1]
+    parameters = sum(p.numel() for p in Model(model, init=False).parameters())
+    assert whole.outside + 2 * (experts + others) == pytest.approx(4.0 * parameters) and whole.outside > 0 < others
+    assert gradient_bytes(model, Topology(2, ep=2)).blocks == ((0.0, others),) * 2
+    assert gradient_bytes(model, Topology(4, ep=2)).blocks == ((experts / 2, others),) * 2
+    assert gradient_bytes(model, Topology(1)).blocks == ((0.0, 0.0),) * 2
+    # shards are summed before
+    replicated = gradient_bytes(model, Topology(4, hsdp=2, ep=2))
+    assert replicated.blocks == ((experts / 2, others / 2),) * 2 and replicated.outside == whole.outside / 2
 
 
 def test_layers_and_sizes_as_text() -> None:
@@ -158,28 +172,33 @@ def pieces_of(config: RunConfig, mesh: Mesh) -> LayerPieces:
     return plan_for_run(config, mesh, Crew(), Path("unused"), print).pieces
 
 
-def runs_by(rank: int, world: int, overrides: dict[str, Any], path: str) -> tuple[list[Pieces], list[str]]:
-    """Pieces of the layers that a run builds by the plan, and what is said of a plan for other sizes or one that is not there."""
-    config = quickstart(**overrides, **{"parallel.plan": path})
+def runs_by(rank: int, world: int, overrides: dict[str, Any], path: str) -> tuple[list[Pieces], Any, list[str]]:
+    """Pieces and windows of a run by the plan, and what is said of a plan for other sizes or one that is not there."""
+    config = quickstart(**overrides, **{"parallel.plan": path, "parallel.gradient_windows": True})
     mesh = build_mesh(Topology(world, ep=2), torch.device("cpu"))
-    engine = build_engine(config, mesh, 1, None, pieces_of(config, mesh))
+    by = plan_for_run(config, mesh, Crew(), Path("unused"), print)
+    engine = build_engine(config, mesh, 1, None, by.pieces, by.windows)
+    assert plan_for_run(quickstart(**overrides), mesh, Crew(), Path("unused"), print).windows is False
     said = []
     others: tuple[dict[str, Any], ...] = ({"model.moe.expert_dim": 16}, {"parallel.plan": path + ".gone"})
     for other in others:
         with pytest.raises(ConfigError) as error:
             pieces_of(quickstart(**overrides | {"parallel.plan": path} | other), mesh)
         said.append(str(error.value))
-    return [layer.dispatcher.pieces for layer in engine.layers], said
+    assert engine.windows is not None
+    return [layer.dispatcher.pieces for layer in engine.layers], engine.windows.given, said
 
 
 def test_a_run_takes_its_pieces_from_the_plan_or_refuses_it(gloo_pool: GlooPool, tmp_path: Path) -> None:
     path, overrides = tmp_path / "plan.json", {"parallel.ep": 2}
     gloo_pool.run(on_ranks, 2, overrides, str(path))
     made = Plan.read(path)
-    chosen = replace(made, layers=tuple(replace(layer, chunks=Pieces(2, 2 + 2 * i)) for i, layer in enumerate(made.layers)))
+    windows = [WindowBytes(0, 7), WindowBytes(1000, 0)]
+    each = zip(made.layers, (Pieces(2, 2), Pieces(2, 4)), windows, strict=True)
+    chosen = replace(made, layers=tuple(replace(layer, chunks=pieces, windows=w) for layer, pieces, w in each))
     path.write_text(chosen.to_json())
-    for pieces, (other_model, no_file) in gloo_pool.run(runs_by, 2, overrides, str(path)):
-        assert pieces == [Pieces(2, 2), Pieces(2, 4)]
+    for pieces, given, (other_model, no_file) in gloo_pool.run(runs_by, 2, overrides, str(path)):
+        assert pieces == [Pieces(2, 2), Pieces(2, 4)] and given == dict(enumerate(windows))
         assert f"{path}: was made for" in other_model and "32" in other_model and "16" in other_model
         assert "cannot be read" in no_file
     with pytest.raises(ConfigError, match=r"parallel\.pieces .*is 2, but the plan p\.json says how many"):

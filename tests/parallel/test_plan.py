@@ -17,6 +17,7 @@ from moefold.moe.config import CompressConfig, ModelConfig, MoEConfig
 from moefold.moe.dispatch import Pieces
 from moefold.moe.errors import ConfigError
 from moefold.parallel.cost_model import ComputeModel, LinkFit, LinkModel
+from moefold.parallel.gradient_placement import WindowBytes
 from moefold.parallel.mesh import build_mesh
 from moefold.parallel.plan import (
     Fingerprint,
@@ -41,7 +42,10 @@ PLAN = Plan(
     version="0.1.0",
     fingerprint=HERE,
     model=MODEL,
-    layers=(LayerPlan(0, Pieces(3, 3), 0.1, 0.2, 0.15, 0.3), LayerPlan(2, Pieces(2, 4), 0.1, 0.2, 0.15, 0.3)),
+    layers=(
+        LayerPlan(0, Pieces(3, 3), 0.1, 0.2, 0.15, 0.3, WindowBytes(0, 5)),
+        LayerPlan(2, Pieces(2, 4), 0.1, 0.2, 0.15, 0.3, WindowBytes(7, 1 << 40)),
+    ),
     links={"flat": FIT},
     costs=Costs(ComputeModel(1e-4, 1e-11), ComputeModel(2e-4, 1e-11), 1.4),
 )
@@ -125,6 +129,11 @@ def test_pieces_of_a_layer() -> None:
         PLAN.chunks(1)
 
 
+def test_windows_are_given_to_all_layers_or_to_none() -> None:
+    assert PLAN.windows == {0: WindowBytes(0, 5), 2: WindowBytes(7, 1 << 40)}
+    assert replace(PLAN, layers=(PLAN.layers[0], replace(PLAN.layers[1], windows=None))).windows is True
+
+
 def changed(change: Any) -> str:
     data = json.loads(PLAN.to_json())
     change(data)
@@ -135,8 +144,9 @@ def changed(change: Any) -> str:
     ("text", "says"),
     [
         ("{", "is not JSON"),
-        ("[]", "has schema None, but this version reads 2"),
-        (changed(lambda d: d.update(schema=1)), "has schema 1, but this version reads 2"),
+        ("[]", "has schema None, but this version reads 3"),
+        (changed(lambda d: d.update(schema=2)), "has schema 2, but this version reads 3"),
+        (changed(lambda d: d["layers"][0]["windows"].update(rest=-1)), r"layers\[0\]\.windows: -1 bytes in the window 'rest'"),
         (changed(lambda d: d.pop("layers")), "the plan must have .*layers"),
         (changed(lambda d: d.update(note="x")), "the plan must have"),
         (changed(lambda d: d["layers"][1].update(chunks=4)), r"layers\[1\]\.chunks must have backward, forward, but is 4"),

@@ -24,7 +24,6 @@ from moefold.parallel.schedule import (
     Way,
     best_chunks,
     layer_ops,
-    place_gradients,
     run,
     simulate,
 )
@@ -323,27 +322,6 @@ def test_so_small_a_gain_cannot_be_predicted() -> None:
     assert Choice((*ways, Way(Pieces(2, 1), 0.9, 1.0), Way(Pieces(4, 4), 0.89, 1.0))).chunks == Pieces(2, 1)
     with pytest.raises(KeyError):
         Choice(ways).way(3)
-
-
-# --- gradients in gaps --------------------------------------------------------------------------------------
-
-
-def test_gradients_go_into_the_gaps_of_later_layers() -> None:
-    link = line(0.5, 1.0)
-    gaps = [[(0.0, 9.0)], [(1.0, 3.5), (5.0, 5.4)], [(0.0, 4.5)]]
-    placed = place_gradients(gaps, [5.0, 3.0, 1.0], link)
-    # the first layer has nothing to send yet; 2 of 5 fit into the second, the gap of 0.4 is too short; then 4 of 3 + 3
-    assert placed.placed_bytes == (0.0, 2.0, 4.0)
-    assert placed.exposed_s == pytest.approx(0.5 + 2 + 1)
-    assert placed.serial_s == pytest.approx(9 + 3 * 0.5)
-    assert placed.gain_s == pytest.approx(7.0)
-
-
-def test_without_gaps_nothing_is_gained_but_fewer_starts() -> None:
-    placed = place_gradients([[], []], [2.0, 2.0], line(0.5, 1.0))
-    assert placed.placed_bytes == (0.0, 0.0)
-    assert (placed.exposed_s, placed.serial_s) == (4.5, 5.0)
-    assert place_gradients([[(0.0, 1.0)]], [0.0], line(0.5, 1.0)).exposed_s == 0
 
 
 def test_a_drawing_has_one_line_for_each_resource_in_use() -> None:
