@@ -22,13 +22,22 @@ def check_backend(moe: MoEConfig, device: torch.device) -> None:
         raise ConfigError([Problem("model.moe.kernels", what)])
 
 
-def describe_kernels(moe: MoEConfig, device: torch.device, dtype: torch.dtype, activation: Activation = "silu") -> str:
+def describe_kernels(
+    moe: MoEConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    activation: Activation = "silu",
+    *,
+    gated: bool = True,
+    biased: bool = False,
+) -> str:
     """One line for the first screen: back ends, and why. Runs every kernel that is not torch's on a small problem first.
 
     Raises:
         NumericsError: a kernel's results differ from torch's; names op, result and error.
     """
-    experts = choose_backend(torch.empty(0, dtype=dtype, device=device), moe.kernels, activation)
+    x = torch.empty(0, dtype=dtype, device=device)
+    experts = choose_backend(x, moe.kernels, activation, gated=gated, biased=biased)
     rows = rule(device, torch.float32, products=False) if moe.kernels == "auto" else None
     name, why = (moe.kernels, "as configured") if rows is None else (rows.backend, rows.why)
     text = f"kernels: experts on '{experts}' in {dtype}, routing and rows on '{name}' ({why})"

@@ -74,6 +74,7 @@ def small_model(model: ModelConfig, topology: Topology, seq_len: int) -> ModelCo
         num_heads=kv_heads * ratio,
         num_kv_heads=kv_heads,
         head_dim=4,
+        attention_experts=min(model.attention_experts, 3),
         rope_fraction=1.0 if model.rope_fraction == 1 else 0.5,
         sliding_window=None if model.sliding_window is None else min(model.sliding_window, 3),
         vocab_size=_at_least(32, topology.tp),

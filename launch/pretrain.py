@@ -343,7 +343,8 @@ def _first_screen(config: RunConfig, engine: Engine, data: Data, say: _Console) 
     total = t.total_steps(config.data.seq_len)
     say(f"model: {m.num_params / 1e6:.2f}M parameters, {m.num_active_params / 1e6:.2f}M active; precision {t.precision}")
     if m.moe is not None:
-        say(describe_kernels(m.moe, engine.mesh.device, compute_dtype(t.precision), m.activation))
+        kind = {"gated": m.ffn_gate, "biased": m.ffn_bias}
+        say(describe_kernels(m.moe, engine.mesh.device, compute_dtype(t.precision), m.activation, **kind))
     say(f"data: {text}; tokenizer {data.tokenizer.name}")
     say(f"steps: {engine.step} of {total} done, {t.global_batch * config.data.seq_len} tokens each")
     if m.moe is not None and m.moe.balance.aux_loss_coeff == 0 and not m.moe.balance.expert_bias:

@@ -42,7 +42,7 @@ class MoEConfig:
     expert_dim: int
     """Hidden width F of one routed expert."""
     num_shared_experts: int = 0
-    """Experts that see every token; they act as one SwiGLU of width num_shared_experts * expert_dim."""
+    """Experts that see every token; they act as one network of width num_shared_experts * expert_dim."""
     shared_dim: int | None = None
     """Hidden width of the shared experts together; None = num_shared_experts * expert_dim."""
     shared_gate: bool = False
@@ -134,7 +134,7 @@ class ModelConfig:
     """Width of one attention head; None = dim / num_heads."""
     vocab_size: int
     max_seq_len: int
-    """Longest sequence the rotary tables cover."""
+    """Longest sequence that the model is made for; with learned positions, rows of their table."""
     qk_norm: Literal["none", "head", "full"] = "none"
     """RMSNorm on queries and keys: per head (Qwen3) or over the full projection (OLMoE)."""
     attention_bias: Literal["none", "qkv", "all"] = "none"
@@ -144,10 +144,25 @@ class ModelConfig:
     sliding_window: int | None = None
     """In every layer, a position sees itself and the sliding_window - 1 before it (Mistral, arXiv 2310.06825); None = all
     earlier ones."""
+    attention_experts: int = 1
+    """Attention blocks of each layer, whose outputs are mixed for each token by the softmax of a trained router over all of them
+    (soft routing: BAM, arXiv 2408.08274)."""
+    attention_expert_kv: Literal["own", "shared"] = "own"
+    """own: each attention expert has queries, keys, values and output, and so keys and values to cache; shared: one set of keys
+    and values for all, queries and output for each."""
     norm_order: Literal["pre", "post"] = "pre"
     """Where a layer's norms are: x + f(norm(x)); or x + norm(f(x)) (OLMo 2, arXiv 2501.00656)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Of layers and head: RMSNorm (arXiv 1910.07467), or LayerNorm with weight and bias (GPT-2; arXiv 1607.06450)."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """How tokens know their place: queries and keys are turned, or a trained vector for each place in the sequence is added to
+    the embedding (GPT-2)."""
     activation: Activation = "silu"
-    """Of the gate in every feed-forward layer: SiLU (SwiGLU), or GELU by its tanh formula (Gemma)."""
+    """Of every feed-forward network, of its gate where it has one: SiLU (SwiGLU), or GELU by its tanh formula (Gemma, GPT-2)."""
+    ffn_gate: bool = True
+    """Feed-forward networks, dense or of experts, are w2 (act(gate x) * (up x)); without a gate w2 act(up x) (GPT-2)."""
+    ffn_bias: bool = False
+    """Biases of all their projections."""
     tie_embeddings: bool = False
     """Use the token embedding as output head."""
     dense_prefix_layers: int = 0
@@ -161,7 +176,7 @@ class ModelConfig:
     """Part of each head, from its start, that rotary embedding turns (GLM-4: 0.5)."""
     rope_scaling: RopeScaling | None = None
     embed_scale: float = 1.0
-    """Multiplies token embeddings (Gemma: sqrt(dim))."""
+    """Multiplies token embeddings (Gemma: sqrt(dim)), before learned positions are added."""
     residual_scale: float = 1.0
     """Multiplies what attention and feed-forward add to the residual stream (Granite)."""
     logits_scale: float = 1.0
@@ -176,6 +191,7 @@ class ModelConfig:
         path = "model"
         check_types(self, path)
         sizes = ["dim", "num_layers", "num_heads", "head_dim", "vocab_size", "max_seq_len", "moe_every", "dense_ffn_dim"]
+        sizes += ["attention_experts"]
         scales = ["attention_scale", "embed_scale", "residual_scale", "logits_scale"]
         problems = positive(self, path, [*sizes, "sliding_window", "rope_theta", "norm_eps", "init_std", *scales])
         if not 0 < self.rope_fraction <= 1:
@@ -185,9 +201,7 @@ class ModelConfig:
         if self.moe is not None and self.moe.compress.method != "none" and self.moe.compress.hash_width > self.dim > 0:
             what = f"is {self.moe.compress.hash_width}, more directions than dim = {self.dim}"
             problems.append(Problem(f"{path}.moe.compress.hash_width", what))
-        if self.moe is not None and self.moe.kernels == "triton" and self.activation != "silu":
-            what = f"is 'triton', whose products have SiLU only, but activation = {self.activation!r}; use 'auto' or 'torch'"
-            problems.append(Problem(f"{path}.moe.kernels", what))
+        problems += self._kind_problems(path)
         if not 0 <= self.dense_prefix_layers <= max(self.num_layers, 0):
             problems.append(
                 Problem(
@@ -207,6 +221,8 @@ class ModelConfig:
             problems.append(
                 Problem(f"{path}.num_heads", f"is {self.num_heads}, which does not divide dim = {self.dim}; set head_dim")
             )
+        elif self.positions == "learned":
+            problems += self._unturned_problems(path)
         elif self.resolved_head_dim % 2:
             what = f"is {self.resolved_head_dim}, but rotary embedding needs an even number"
             problems.append(Problem(f"{path}.head_dim", what))
@@ -221,7 +237,28 @@ class ModelConfig:
             problems.append(
                 Problem(f"{path}.num_kv_heads", f"is {self.num_kv_heads}, which does not divide num_heads = {self.num_heads}")
             )
+        if self.attention_expert_kv == "shared" and self.attention_experts == 1:
+            what = "is 'shared', but attention_experts = 1 has none to share them with; set attention_experts, or leave it out"
+            problems.append(Problem(f"{path}.attention_expert_kv", what))
         return problems
+
+    def _kind_problems(self, path: str) -> list[Problem]:
+        """Of the kind of feed-forward network: what the Triton products do not have."""
+        others = {"activation": self.activation != "silu", "ffn_gate": not self.ffn_gate, "ffn_bias": self.ffn_bias}
+        found = ", ".join(f"{name} = {getattr(self, name)!r}" for name, other in others.items() if other)
+        if self.moe is None or self.moe.kernels != "triton" or not found:
+            return []
+        what = f"is 'triton', whose products are SwiGLU without biases only, but {found}; use 'auto' or 'torch'"
+        return [Problem(f"{path}.moe.kernels", what)]
+
+    def _unturned_problems(self, path: str) -> list[Problem]:
+        """Settings of rotary embedding that learned positions would leave without effect."""
+        usual = {"rope_theta": 10_000.0, "rope_fraction": 1.0, "rope_scaling": None}
+        return [
+            Problem(f"{path}.{name}", f"is {getattr(self, name)}, but positions = 'learned' turns no heads; leave it out")
+            for name, value in usual.items()
+            if getattr(self, name) != value
+        ]
 
     @property
     def resolved_head_dim(self) -> int:
@@ -229,12 +266,17 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Columns of a head that rotary embedding turns."""
-        return int(self.resolved_head_dim * self.rope_fraction)
+        """Columns of a head that rotary embedding turns; 0 = there is none."""
+        return int(self.resolved_head_dim * self.rope_fraction) if self.positions == "rotary" else 0
 
     @property
     def resolved_kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def kv_sets(self) -> int:
+        """Sets of keys and values in each layer: one, or one for each attention expert that has its own."""
+        return self.attention_experts if self.attention_expert_kv == "own" else 1
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether layer `index` (from 0) has experts."""
@@ -246,31 +288,51 @@ class ModelConfig:
         """Indices of the MoE layers."""
         return tuple(i for i in range(self.num_layers) if self.is_moe_layer(i))
 
-    def _vector_params(self) -> int:
+    @property
+    def _norm_params(self) -> int:
+        return self.dim * (2 if self.norm == "layer" else 1)
+
+    def _ffn_biases(self, width: int) -> int:
+        """Biases of one feed-forward network of a hidden width; of width 0 there is none."""
+        return (width * (2 if self.ffn_gate else 1) + self.dim) if self.ffn_bias and width else 0
+
+    def _vector_params(self, index: int, experts: int) -> int:
         """Norm weights and biases of one layer: what no matrix product is made with."""
-        q, kv = self.num_heads * self.resolved_head_dim, self.resolved_kv_heads * self.resolved_head_dim
-        norms = 2 * self.dim + {"none": 0, "head": 2 * self.resolved_head_dim, "full": q + kv}[self.qk_norm]
-        return norms + {"none": 0, "qkv": q + 2 * kv, "all": q + 2 * kv + self.dim}[self.attention_bias]
+        N, sets, hd = self.attention_experts, self.kv_sets, self.resolved_head_dim
+        q, kv = N * self.num_heads * hd, sets * self.resolved_kv_heads * hd
+        norms = 2 * self._norm_params + {"none": 0, "head": (N + sets) * hd, "full": q + kv}[self.qk_norm]
+        biases = {"none": 0, "qkv": q + 2 * kv, "all": q + 2 * kv + N * self.dim}[self.attention_bias]
+        if not self.is_moe_layer(index):
+            return norms + biases + self._ffn_biases(self.dense_ffn_dim or 0)
+        assert self.moe is not None
+        return norms + biases + experts * self._ffn_biases(self.moe.expert_dim) + self._ffn_biases(self.moe.shared_width)
 
     def _layer_params(self, index: int, experts: int) -> int:
         d, hd = self.dim, self.resolved_head_dim
-        q, kv = self.num_heads * hd, self.resolved_kv_heads * hd
-        outside = d * q + 2 * d * kv + q * d + self._vector_params()
+        q, kv = self.attention_experts * self.num_heads * hd, self.kv_sets * self.resolved_kv_heads * hd
+        mixing = d * self.attention_experts if self.attention_experts > 1 else 0
+        outside = d * q + 2 * d * kv + q * d + mixing + self._vector_params(index, experts)
+        matrices = d * (3 if self.ffn_gate else 2)
         if not self.is_moe_layer(index):
-            return outside + 3 * d * (self.dense_ffn_dim or 0)
+            return outside + matrices * (self.dense_ffn_dim or 0)
         assert self.moe is not None
-        shared = 3 * d * self.moe.shared_width + (d if self.moe.shared_gate else 0)
-        router, routed = d * self.moe.num_experts, 3 * d * self.moe.expert_dim * experts
+        shared = matrices * self.moe.shared_width + (d if self.moe.shared_gate else 0)
+        router, routed = d * self.moe.num_experts, matrices * self.moe.expert_dim * experts
         return outside + router + self.moe.codec_params(d) + routed + shared
 
     def _params(self, experts: int) -> int:
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
-        return embeddings + self.dim + sum(self._layer_params(i, experts) for i in range(self.num_layers))
+        embeddings += self._position_params + self._norm_params
+        return embeddings + sum(self._layer_params(i, experts) for i in range(self.num_layers))
+
+    @property
+    def _position_params(self) -> int:
+        return self.max_seq_len * self.dim if self.positions == "learned" else 0
 
     @property
     def num_params(self) -> int:
-        """All trained parameters: embedding, head (once if tied), norms, biases, routers, every expert. Expert biases are not
-        trained."""
+        """All trained parameters: embedding, learned positions, head (once if tied), norms, biases, routers, every expert. The
+        selection biases of routers are not trained."""
         return self._params(self.moe.num_experts if self.moe else 0)
 
     @property
@@ -282,18 +344,19 @@ class ModelConfig:
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations per token of a forward and backward pass (3 x forward, a multiply-add is 2).
 
-        Counts matrix products of active parameters (embedding look-up, norms, biases and softmax are free; recompute is not
-        counted) and attention scores of visible positions only: 2 * seq_len * heads * head_dim per layer forward, less with a
-        sliding window.
+        Counts matrix products of active parameters (look-ups, norms, biases and softmax are free; recompute is not counted) and
+        attention scores of visible positions only: 2 * seq_len * heads * head_dim per layer and attention expert forward, less
+        with a sliding window.
         """
-        lookup = self.vocab_size * self.dim * (0 if self.tie_embeddings else 1)
-        vectors = self.dim + self.num_layers * self._vector_params()
+        lookup = self.vocab_size * self.dim * (0 if self.tie_embeddings else 1) + self._position_params
+        active = self.moe.top_k if self.moe else 0
+        vectors = self._norm_params + sum(self._vector_params(i, active) for i in range(self.num_layers))
         scales = len(self.moe_layers) * self.moe.codec_params(self.dim) if self.moe else 0
         matmul = 2 * (self.num_active_params - lookup - vectors - scales)
         window = min(self.sliding_window or seq_len, seq_len)
         # twice the positions that one sees on average: those before it, up to the window
         seen_twice = 2 * window - window * window / seq_len
-        attention = self.num_layers * 2 * seen_twice * self.num_heads * self.resolved_head_dim
+        attention = self.num_layers * 2 * seen_twice * self.attention_experts * self.num_heads * self.resolved_head_dim
         return 3.0 * (matmul + attention)
 
 

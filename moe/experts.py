@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,21 +11,45 @@ from torch import Tensor, nn
 
 from ..kernels.backend import Backend
 from ..kernels.moe_mlp import act, moe_layer_mlp, moe_mlp
-from .config import Activation
+from .config import Activation, ModelConfig
 from .dispatch import DispatchPlan, Experts
 
 
-class GroupedExperts(nn.Module):
-    """E independent gated networks (Shazeer, arXiv 2002.05202; SwiGLU by default) with stacked weights.
+class FfnKind(NamedTuple):
+    """What a feed-forward network computes: w2 (act(gate x) * (up x)) (Shazeer, arXiv 2002.05202), or without a gate
+    w2 act(up x); biased: each projection has a bias."""
 
-    The gate and up projections are the two halves of one tensor [E, 2, F, D], so that sharding F never separates them.
+    activation: Activation = "silu"
+    gated: bool = True
+    biased: bool = False
+
+    @staticmethod
+    def of(config: ModelConfig) -> FfnKind:
+        """That of all networks of a model."""
+        return FfnKind(config.activation, config.ffn_gate, config.ffn_bias)
+
+    @property
+    def inner(self) -> int:
+        """Projections before the activation: gate and up, or up alone."""
+        return 2 if self.gated else 1
+
+
+class GroupedExperts(nn.Module):
+    """E independent networks with stacked weights.
+
+    The gate and up projections are the two halves of one tensor [E, 2, F, D], so that sharding F never separates them; without a
+    gate it is [E, 1, F, D]. The bias of the second projection is not here: it is the layer's, added where tokens are whole.
     """
 
-    def __init__(self, num_experts: int, dim: int, expert_dim: int, kernels: Backend = "auto", activation: Activation = "silu"):
+    b13_E2F: nn.Parameter | None
+
+    def __init__(self, num_experts: int, dim: int, expert_dim: int, kernels: Backend = "auto", kind: FfnKind | None = None):
         super().__init__()
-        self.kernels, self.activation = kernels, activation
-        self.w13_E2FD = nn.Parameter(torch.empty(num_experts, 2, expert_dim, dim))
+        self.kernels, self.kind = kernels, kind or FfnKind()
+        self.w13_E2FD = nn.Parameter(torch.empty(num_experts, self.kind.inner, expert_dim, dim))
         self.w2_EDF = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
+        biases = torch.empty(num_experts, self.kind.inner, expert_dim) if self.kind.biased else None
+        self.b13_E2F = None if biases is None else nn.Parameter(biases)
 
     def forward(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
         """`work(x_TD, self)`, which calls `compute` as often as it likes.
@@ -36,43 +61,58 @@ class GroupedExperts(nn.Module):
     def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
         """Rows [R, D] sorted by expert -> the experts' outputs, same shape; with a plan, tokens [T, D] -> the weighted sums of
         their experts' outputs, plus `shared_TD`."""
+        kernels, activation, biases = self.kernels, self.kind.activation, self.b13_E2F
         if plan is None:
-            return moe_mlp(x, self.w13_E2FD, self.w2_EDF, counts_E, self.kernels, self.activation)
+            return moe_mlp(x, self.w13_E2FD, self.w2_EDF, counts_E, kernels, activation, biases)
         rows = (plan.order_R, plan.row_TK, counts_E)
         weights = (self.w13_E2FD, self.w2_EDF)
-        return moe_layer_mlp(x, plan.weights_TK, *rows, *weights, plan.kept_TK, shared_TD, self.kernels, self.activation)
+        return moe_layer_mlp(x, plan.weights_TK, *rows, *weights, plan.kept_TK, shared_TD, kernels, activation, biases)
 
 
-class SwiGLU(nn.Module):
-    """A dense feed-forward network with a gate, by default SiLU's."""
+class FeedForward(nn.Module):
+    """A dense feed-forward network.
 
-    def __init__(self, dim: int, hidden_dim: int, activation: Activation = "silu"):
+    The bias of its second projection, `b2_D`, is the block's to add: of a rank with a part of the hidden width the output is a
+    part of a sum.
+    """
+
+    b13_2F: nn.Parameter | None
+    b2_D: nn.Parameter | None
+
+    def __init__(self, dim: int, hidden_dim: int, kind: FfnKind | None = None):
         super().__init__()
-        self.activation = activation
-        self.w13_2FD = nn.Parameter(torch.empty(2, hidden_dim, dim))
+        self.kind = kind or FfnKind()
+        self.w13_2FD = nn.Parameter(torch.empty(self.kind.inner, hidden_dim, dim))
         self.w2_DF = nn.Parameter(torch.empty(dim, hidden_dim))
+        self.b13_2F = nn.Parameter(torch.empty(self.kind.inner, hidden_dim)) if self.kind.biased else None
+        self.b2_D = nn.Parameter(torch.empty(dim)) if self.kind.biased else None
 
     def forward(self, x_D: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        gate_F, up_F = F.linear(x_D, self.w13_2FD.flatten(0, 1)).chunk(2, dim=-1)
-        return F.linear(act(gate_F, self.activation) * up_F, self.w2_DF)
+        """x [..., D] -> [..., D], without the second bias."""
+        bias = None if self.b13_2F is None else self.b13_2F.flatten()
+        gate_F, *up_F = F.linear(x_D, self.w13_2FD.flatten(0, 1), bias).chunk(self.kind.inner, dim=-1)
+        hidden_F = act(gate_F, self.kind.activation)
+        return F.linear(hidden_F * up_F[0] if up_F else hidden_F, self.w2_DF)
 
 
-class SharedExperts(SwiGLU):
+class SharedExperts(FeedForward):
     """The shared experts of a layer taken as one, where `gated` weighed by sigmoid(x . gate_D) for each token (Qwen2-MoE).
 
-    Like the router, the gate is computed in at least fp32 from weights that are whole on every rank.
+    Like the router, the gate is computed in at least fp32 from weights that are whole on every rank. So are those of the network,
+    which is why its second bias is added here.
     """
 
     gate_D: nn.Parameter | None
 
-    def __init__(self, dim: int, hidden_dim: int, activation: Activation = "silu", gated: bool = False):
-        super().__init__(dim, hidden_dim, activation)
+    def __init__(self, dim: int, hidden_dim: int, kind: FfnKind | None = None, gated: bool = False):
+        super().__init__(dim, hidden_dim, kind)
         self.gate_D = nn.Parameter(torch.empty(dim)) if gated else None
 
     def forward(self, x_D: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         y_D = super().forward(x_D)
+        if self.b2_D is not None:
+            y_D = y_D + self.b2_D
         if self.gate_D is None:
             return y_D
         wide = torch.promote_types(x_D.dtype, torch.float32)

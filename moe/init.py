@@ -12,7 +12,7 @@ from torch import Tensor, nn
 # projections that write into the residual stream; scaled down with depth (GPT-2, Megatron)
 OUTPUT_PROJECTIONS = ("wo_DQ", "w2_DF", "w2_EDF")
 # vectors that start at zero: biases, and what compression adds
-ZEROS = ("bq_Q", "bk_C", "bv_C", "bo_D", "scale_D")
+ZEROS = ("bq_Q", "bk_C", "bv_C", "bo_D", "b13_2F", "b2_D", "b13_E2F", "b2_ED", "bias_D", "scale_D")
 
 
 def _generator(seed: int, name: str, expert: int) -> torch.Generator:
@@ -32,18 +32,19 @@ def initial_value(
 
     Returns:
         Tensor of `shape`, with axis 0 reduced to `experts` if given. Vectors are ones (norm weights), biases and that of
-        compression zeros; matrices and the gate of shared experts are normal with standard deviation `std`, output projections
-        with std / sqrt(2 * num_layers).
+        compression zeros; matrices, learned positions and the gate of shared experts are normal with standard deviation `std`,
+        output projections with std / sqrt(2 * num_layers).
     """
     leaf = name.rsplit(".", 1)[-1]
+    of_experts = ".experts." in f".{name}"
+    wanted = list(range(shape[0]) if experts is None else experts) if of_experts else []
     if leaf in ZEROS:
-        return torch.zeros(shape)
+        return torch.zeros((len(wanted), *shape[1:]) if of_experts else shape)
     if len(shape) == 1 and leaf != "gate_D":
         return torch.ones(shape)
     scale = std / math.sqrt(2 * num_layers) if leaf in OUTPUT_PROJECTIONS else std
-    if ".experts." not in f".{name}":
+    if not of_experts:
         return torch.empty(shape).normal_(0.0, scale, generator=_generator(seed, name, 0))
-    wanted = range(shape[0]) if experts is None else experts
     rows = [torch.empty(shape[1:]).normal_(0.0, scale, generator=_generator(seed, name, e)) for e in wanted]
     return torch.stack(rows) if rows else torch.empty(0, *shape[1:])
 

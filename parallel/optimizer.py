@@ -9,12 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..moe.init import ZEROS
 from .sharding import ShardedParameter
 
 
 def decays(parameter: ShardedParameter) -> bool:
-    """Weight decay applies to matrices, not to norms (vectors) or routers. Experts decay whether or not they got tokens."""
-    return len(parameter.placement.global_shape) > 1 and parameter.placement.kind != "whole"
+    """Weight decay applies to matrices, not to norms (vectors), biases or routers. Experts decay whether or not they got
+    tokens."""
+    place = parameter.placement
+    bias = place.name.rsplit(".", 1)[-1] in ZEROS
+    return len(place.global_shape) > 1 and place.kind != "whole" and not bias
 
 
 class ShardedAdamW:

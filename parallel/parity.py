@@ -120,8 +120,9 @@ def run_reference(case: ParityCase, dp: int = 1) -> Trace:
     _set_start_bias(case, model)
     named = dict(model.named_parameters())
     o = case.optimizer
-    decayed = [p for n, p in named.items() if p.dim() > 1 and "router" not in n]
-    plain = [p for n, p in named.items() if not (p.dim() > 1 and "router" not in n)]
+    matrices = {n for n, p in named.items() if p.dim() > 1 and "router" not in n and not n.rsplit(".", 1)[-1].startswith("b")}
+    decayed = [p for n, p in named.items() if n in matrices]
+    plain = [p for n, p in named.items() if n not in matrices]
     groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=case.lr, betas=o.betas, eps=o.eps)
     trace, previous_LE = Trace(), None

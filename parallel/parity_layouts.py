@@ -209,6 +209,36 @@ MODELS = (
         ),
         moe=(("shared_gate", True),),
     ),
+    Variant(
+        "gpt2",
+        model=(
+            ("norm", "layer"),
+            ("positions", "learned"),
+            ("activation", "gelu_tanh"),
+            ("ffn_gate", False),
+            ("ffn_bias", True),
+            ("attention_bias", "all"),
+            ("tie_embeddings", True),
+            ("qk_norm", "none"),
+        ),
+        # an uneven number of experts, whose biases are then split by their width
+        moe=(("num_experts", 6), ("capacity_factor", 1.2)),
+    ),
+    Variant(
+        "attention-experts",
+        model=(("attention_experts", 3), ("attention_bias", "all"), ("qk_norm", "full"), ("num_kv_heads", 2)),
+    ),
+    Variant(
+        "attention-experts-shared",
+        model=(
+            ("attention_experts", 2),
+            ("attention_expert_kv", "shared"),
+            ("attention_bias", "all"),
+            ("norm_order", "post"),
+            ("sliding_window", 3),
+        ),
+        case=(("recompute", "selective"),),
+    ),
 )
 """Kinds of models with many settings at once, for the layouts in `model_cases`; each meets what shards its weights."""
 
@@ -287,11 +317,16 @@ def plan() -> tuple[Planned, ...]:
 
 def model_cases() -> tuple[Planned, ...]:
     """`MODELS` on the layouts that shard or sum what they have more than others do: heads, hidden width, experts, replicas."""
-    biased, scaled = MODELS
+    biased, scaled, gpt2, mixed, mixed_shared = MODELS
     return (
         Planned(Layout(2, tp=2), 2, biased),
         Planned(Layout(4, tp=2, ep=2), 1, biased),
         Planned(Layout(8, hsdp=2, tp=2, ep=2), 1, biased),
         Planned(Layout(4, tp=4, ep=2), 1, scaled),
         Planned(Layout(4, tp=2, etp=2), 2, scaled),
+        Planned(Layout(4, tp=2), 2, gpt2),
+        Planned(Layout(4, etp=2, ep=2), 1, gpt2),
+        Planned(Layout(8, tp=2, ep=2), 1, gpt2),
+        Planned(Layout(4, tp=2, ep=2), 1, mixed),
+        Planned(Layout(2, tp=2), 2, mixed_shared),
     )

@@ -41,7 +41,7 @@ _AGAIN = "measure again with `moefold plan CONFIG --out FILE`"
 @dataclass(frozen=True)
 class Load:
     """One MoE layer on one rank. tokens: of a rank's micro-batch. row_bytes: of one row on the wire. shared_dim: hidden width of
-    all shared experts together.
+    all shared experts together. matrices: of one network, 3 with a gate and 2 without.
 
     ep, etp: degrees. nodes: that the ranks of an (ep, etp) group lie on, evenly.
     """
@@ -56,6 +56,7 @@ class Load:
     ep: int = 1
     etp: int = 1
     nodes: int = 1
+    matrices: int = 3
 
 
 def distinct_nodes(num_experts: int, top_k: int, nodes: int) -> float:
@@ -90,8 +91,8 @@ def layer_work(load: Load, links: Mapping[str, LinkModel], dispatcher: str, rate
         where: Resource = "across" if load.nodes > 1 else "inside"
         share = (load.nodes - 1) / load.nodes / ((ranks - 1) / ranks)
         hops = (Hop(where, links["flat"], flat_bytes, flat_bytes, share, 1, 8.0 * load.num_experts * load.etp),)
-    shared_flops = 6.0 * load.tokens * load.dim * load.shared_dim
-    return LayerWork(hops, 6.0 * rows * load.dim * load.expert_dim, shared_flops)
+    shared_flops = 2.0 * load.matrices * load.tokens * load.dim * load.shared_dim
+    return LayerWork(hops, 2.0 * load.matrices * rows * load.dim * load.expert_dim, shared_flops)
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class ModelSummary:
             ep=topology.ep,
             etp=topology.etp,
             nodes=nodes,
+            matrices=3 if model.ffn_gate else 2,
         )
         rate = 1.0 if compress.method == "none" or compress.rate is None else compress.rate
         return ModelSummary(model.moe_layers, load, moe.dispatcher, rate)

@@ -3,13 +3,15 @@
 | parameter                       | tp / etp           | ep      | data ranks        | gradient          |
 |---------------------------------|--------------------|---------|-------------------|-------------------|
 | attention wq, wk, wv; dense w13 | output width       | -       | sharded over dp   | sum over dp       |
-| attention bq, bk, bv            | output width       | -       | sharded over dp   | sum over dp       |
+| attention bq, bk, bv; dense b13 | output width       | -       | sharded over dp   | sum over dp       |
 | attention wo; dense w2          | input width        | -       | sharded over dp   | sum over dp       |
 | embedding, head                 | vocabulary rows    | -       | sharded over dp   | sum over dp       |
-| norms, shared experts, bo       | whole              | -       | sharded over dp   | sum over dp, tp   |
-| router; compensation (`codec`); | whole              | -       | whole, never cast | sum over all      |
-| gate of shared experts          |                    |         |                   |                   |
-| experts w13, w2                 | hidden width (etp) | experts | sharded over edp  | sum over edp      |
+| norms, shared experts, bo,      | whole              | -       | sharded over dp   | sum over dp, tp   |
+| dense b2, learned positions     |                    |         |                   |                   |
+| routers, that of attention too; | whole              | -       | whole, never cast | sum over all      |
+| compensation (`codec`); gate of |                    |         |                   |                   |
+| shared experts; b2 of experts   |                    |         |                   |                   |
+| experts w13, b13, w2            | hidden width (etp) | experts | sharded over edp  | sum over edp      |
 
 Sums, never means: the loss is divided once, by the valid tokens of the global batch.
 """
@@ -30,24 +32,26 @@ Kind = Literal["dense", "expert", "whole"]
 
 # suffix of the logical name -> dim that tp shards (experts: etp, counted in the stacked tensor)
 TP_DIMS = (
-    ("attention.wq_QD", 0),
-    ("attention.wk_CD", 0),
-    ("attention.wv_CD", 0),
-    ("attention.wo_DQ", 1),
-    ("attention.bq_Q", 0),
-    ("attention.bk_C", 0),
-    ("attention.bv_C", 0),
+    (".wq_QD", 0),
+    (".wk_CD", 0),
+    (".wv_CD", 0),
+    (".wo_DQ", 1),
+    (".bq_Q", 0),
+    (".bk_C", 0),
+    (".bv_C", 0),
     ("ffn.w13_2FD", 1),
+    ("ffn.b13_2F", 1),
     ("ffn.w2_DF", 1),
     ("embed.weight_VD", 0),
     ("head.weight_VD", 0),
     ("experts.w13_E2FD", 2),
+    ("experts.b13_E2F", 2),
     ("experts.w2_EDF", 2),
 )
 # held whole and uncast by every rank
-WHOLE = ("router.weight_ED", "codec.scale_D", "shared_expert.gate_D")
-# dim of the model width in expert weights: sharded over edp when the local experts do not divide
-EXPERT_WIDTH_DIMS = (("experts.w13_E2FD", 3), ("experts.w2_EDF", 1))
+WHOLE = ("router.weight_ED", "router.weight_ND", "codec.scale_D", "shared_expert.gate_D", "b2_ED")
+# dim of the model width in expert weights (of the hidden width, in biases): sharded over edp when the local experts do not divide
+EXPERT_WIDTH_DIMS = (("experts.w13_E2FD", 3), ("experts.b13_E2F", 2), ("experts.w2_EDF", 1))
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,13 @@ def place(name: str, shape: tuple[int, ...], mesh: Mesh, *, full_qk_norm: bool) 
     """The placement of a parameter by its logical name and global shape."""
     kind: Kind = "expert" if ".experts." in f".{name}" else "whole" if name.endswith(WHOLE) else "dense"
     tp_dim = next((dim for suffix, dim in TP_DIMS if name.endswith(suffix)), None)
-    if full_qk_norm and name.endswith(("attention.q_norm.weight_D", "attention.k_norm.weight_D")):
+    if full_qk_norm and name.endswith((".q_norm.weight_D", ".k_norm.weight_D")):
         tp_dim = 0
     data_dim = 0
     if kind == "expert" and (shape[0] // mesh.topology.ep) % mesh.topology.edp_shard:
         width_dim = next(dim for suffix, dim in EXPERT_WIDTH_DIMS if name.endswith(suffix))
-        data_dim = width_dim if shape[width_dim] % mesh.topology.edp_shard == 0 else 0
+        width = shape[width_dim] // (mesh.topology.etp if width_dim == tp_dim else 1)
+        data_dim = width_dim if width % mesh.topology.edp_shard == 0 else 0
     return Placement(name, shape, kind, tp_dim, data_dim)
 
 

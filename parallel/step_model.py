@@ -122,7 +122,7 @@ def layers_work(way: Way, folding: Folding, volumes: Sequence[Volume]) -> list[L
         for hop, rows, expected in zip(formula.hops, counted.hops, _expected_rows(way, load), strict=True):
             factor = rows.mean * rows.busiest / expected if expected else 1.0
             hops.append(replace(hop, out_bytes=hop.out_bytes * factor, back_bytes=hop.back_bytes * factor))
-        flops = 6.0 * counted.most_rows * load.dim * load.expert_dim / load.etp
+        flops = 2.0 * load.matrices * counted.most_rows * load.dim * load.expert_dim / load.etp
         found.append(replace(formula, hops=tuple(hops), flops=flops))
     return found
 

@@ -1,9 +1,10 @@
 """Tensor parallelism with sequence parallelism, attached to a model from outside.
 
 Between blocks a rank holds its share of each sequence's positions. Attention and dense feed-forward gather the positions, work on
-their share of heads or hidden width, and scatter the sum. Norms, routers, shared experts and the output bias of attention,
-added after the sum, work on the local positions, so their weights are whole on every rank and their gradients are summed over the
-group. The vocabulary of embedding and head is sharded.
+their share of heads or hidden width, and scatter the sum. Norms, routers, shared experts and the output biases of attention and
+feed-forward, added after the sum, work on the local positions, and so do learned positions, of which a rank adds its part; so
+their weights are whole on every rank and their gradients are summed over the group. So are those of the router of attention
+experts, which weighs what the heads of a rank put out. The vocabulary of embedding and head is sharded.
 (Megatron-LM, arXiv 1909.08053; sequence parallelism: arXiv 2205.05198.)
 """
 
@@ -16,8 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..moe.attention import RMSNorm
-from ..moe.model import Model, TokenEmbedding
+from ..moe.attention import Attention, RMSNorm
+from ..moe.model import Model, TokenEmbedding, place_tokens
 from .collectives import GatherSequence, Group, ScatterSequence, SumOverGroup, all_gather_dim, all_reduce
 from .recorder import CommRecorder, Probe, probe_for
 
@@ -36,11 +37,12 @@ class MeshVocab:
 
 
 class ShardedEmbedding(nn.Module):
-    """Look up the ids of this rank's rows, sum over ranks, keep this rank's positions: int64 [B, S] -> [B, S / tp, D]."""
+    """Look up the ids of this rank's rows, sum over ranks, keep this rank's positions and place them: int64 [B, S] ->
+    [B, S / tp, D]."""
 
     def __init__(self, embedding: TokenEmbedding, group: Group, probe: Probe | None = None):
         super().__init__()
-        self.weight_VD = embedding.weight_VD
+        self.weight_VD, self.positions_SD, self.scale = embedding.weight_VD, embedding.positions_SD, embedding.scale
         self.group, self.probe, self.tp_rank = group, probe, dist.get_rank(group)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ class ShardedEmbedding(nn.Module):
         local_BS = tokens_BS - self.tp_rank * rows
         here_BS = (local_BS >= 0) & (local_BS < rows)
         x_BSD = F.embedding(local_BS.clamp(0, rows - 1), self.weight_VD) * here_BS[..., None]
-        return ScatterSequence.apply(x_BSD, self.group, self.probe)
+        x_BSD = ScatterSequence.apply(x_BSD, self.group, self.probe)
+        return place_tokens(x_BSD, self.scale, self.positions_SD, (self.tp_rank, dist.get_world_size(self.group)))
 
 
 class ShardedRMSNorm(nn.Module):
@@ -92,8 +95,11 @@ def attach_tensor_parallel(model: Model, group: Group, recorder: CommRecorder | 
         _surround(block.attention, group, gather, scatter)
         if block.attention.qk_norm == "full":
             norm = probe("qk_norm", index)
-            block.attention.q_norm = ShardedRMSNorm(block.attention.q_norm, group, norm)  # type: ignore[assignment]
-            block.attention.k_norm = ShardedRMSNorm(block.attention.k_norm, group, norm)  # type: ignore[assignment]
+            # of every attention expert, where there are several
+            for attention in [m for m in block.attention.modules() if isinstance(m, Attention)]:
+                for name in ("q_norm", "k_norm"):
+                    if (whole := getattr(attention, name, None)) is not None:
+                        setattr(attention, name, ShardedRMSNorm(whole, group, norm))
         if block.ffn is not None:
             _surround(block.ffn, group, gather, scatter)
     model.head.shard = MeshVocab(model.head.weight_VD.shape[0], group, probe("loss"))

@@ -40,6 +40,7 @@ LLAMA3 = MappingProxyType(
     }
 )
 _DENSE = {"intermediate_size": 24}
+_GPT2 = {"n_inner": 26, "num_key_value_heads": None}
 _QWEN_MOE = {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 _GLM = {"moe_intermediate_size": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "routed_scaling_factor": 1.5}
 _FEW = {"intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2}
@@ -62,6 +63,8 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "qwen3": ("qwen3", {**_DENSE, "head_dim": 6, "tie_word_embeddings": True}),
         "olmo2": ("olmo2", _DENSE),
         "gemma": ("gemma", {**_DENSE, "head_dim": 6, "tie_word_embeddings": True}),
+        "gpt2": ("gpt2", {**_GPT2, "tie_word_embeddings": True}),
+        "gpt2-unscaled": ("gpt2", {**_GPT2, "scale_attn_weights": False, "hidden_size": 20, "n_inner": None}),
         "mixtral": ("mixtral", {**_LOCAL, "sliding_window": 5}),
         "qwen2_moe": ("qwen2_moe", {**_QWEN_MOE, "shared_expert_intermediate_size": 20}),
         "qwen2_moe-bare": (

@@ -44,9 +44,14 @@ def act(x: Values, kind: str) -> Values:
 
 
 def ffn(x_TD: Values, weights: Mapping[str, Values], prefix: str, kind: str) -> Values:
-    """down(act(gate x) * up x)."""
-    hidden_TF = act(x_TD @ weights[f"{prefix}.gate"].T, kind) * (x_TD @ weights[f"{prefix}.up"].T)
-    return hidden_TF @ weights[f"{prefix}.down"].T
+    """down(act(gate x) * up x), or down(act(up x)) where there is no gate; with the biases that there are."""
+
+    def project(y_TX: Values, name: str) -> Values:
+        return y_TX @ weights[f"{prefix}.{name}"].T + weights.get(f"{prefix}.{name}_bias", np.zeros(1))
+
+    up_TF = project(x_TD, "up")
+    hidden_TF = act(project(x_TD, "gate"), kind) * up_TF if f"{prefix}.gate" in weights else act(up_TF, kind)
+    return project(hidden_TF, "down")
 
 
 def best(values: list[float], k: int, ties: str) -> list[int]:

@@ -30,12 +30,26 @@ class _ZeroTail(torch.autograd.Function):
         return zero_tail(grad_RN, end), None
 
 
-def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, activation: Activation = "silu") -> Tensor:
+def moe_mlp(
+    x_RD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    counts_E: Tensor,
+    activation: Activation = "silu",
+    b13_E2F: Tensor | None = None,
+) -> Tensor:
     """As the public function, on grouped matrix products."""
     ends_E = counts_E.cumsum(0).to(torch.int32)
     x_RD = _ZeroTail.apply(x_RD, ends_E[-1])
     pre_RG = F.grouped_mm(x_RD, w13_E2FD.contiguous().flatten(1, 2).transpose(1, 2), offs=ends_E)
+    if b13_E2F is not None:
+        rows_R = torch.arange(x_RD.shape[0], device=x_RD.device, dtype=torch.int32)
+        # before the tail is cut off, so that the biases get no gradient of it
+        expert_R = torch.searchsorted(ends_E, rows_R, right=True).clamp(max=ends_E.numel() - 1)
+        pre_RG = pre_RG + F.embedding(expert_R, b13_E2F.flatten(1)).to(pre_RG.dtype)
     pre_RG = _ZeroTail.apply(pre_RG, ends_E[-1])
-    gate_RF, up_RF = pre_RG.chunk(2, dim=-1)
-    y_RD = F.grouped_mm(act(gate_RF, activation) * up_RF, w2_EDF.contiguous().transpose(1, 2), offs=ends_E)
+    gate_RF, *up_RF = pre_RG.chunk(w13_E2FD.shape[1], dim=-1)
+    hidden_RF = act(gate_RF, activation)
+    hidden_RF = hidden_RF * up_RF[0] if up_RF else hidden_RF
+    y_RD = F.grouped_mm(hidden_RF, w2_EDF.contiguous().transpose(1, 2), offs=ends_E)
     return _ZeroTail.apply(y_RD, ends_E[-1])

@@ -13,6 +13,7 @@ from ...moe.config import ModelConfig
 from ...moe.errors import CheckpointError
 from ...moe.hf.families import carried, family_of, ignored_tensors, read_parts
 from ...moe.hf.files import CONFIG, Checkpoint
+from ...moe.hf.fused import unfused
 from ...moe.hf.matrix import Constant, Matrix, WeightedSum
 from ..resume import find_checkpoint
 from ..upcycle.progress import Told
@@ -82,10 +83,10 @@ def open_source(path: str | Path, progress: Told | None = None) -> Source:
 def open_hf(path: str | Path) -> Source:
     """A Hugging Face folder. Raises as `Checkpoint.open` and `read_parts` do."""
     checkpoint = Checkpoint.open(path)
-    family = family_of(checkpoint.config)
+    family = family_of(checkpoint.config, checkpoint.tensors)
     config, parts = read_parts(checkpoint)
-    layouts = family.tensors(config)
-    dtypes = {p: checkpoint.tensors[name].dtype for name, layout in layouts.items() for p in layout.parts}
+    layouts, tensors = family.tensors(config), unfused(checkpoint, family, config)
+    dtypes = {p: tensors[name].dtype for name, layout in layouts.items() for p in layout.parts}
     return Source(
         kind="hf",
         path=checkpoint.folder,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...moe.config import ModelConfig
 from ...moe.hf.families import FAMILIES, NATIVE, write_tensors
 from ...moe.hf.matrix import Matrix
-from ...moe.model import Block, OutputHead, TokenEmbedding
+from ...moe.model import Block, OutputHead, TokenEmbedding, place_tokens
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,18 @@ def load_embedding(side: Side, ids_BS: Tensor, kind: torch.dtype) -> Tensor:
     unique, where = ids_BS.unique(return_inverse=True)
     rows = torch.from_numpy(np.concatenate([matrix.rows(i, i + 1) for i in unique.tolist()]))
     rows = rows.to(side.through) if side.through is not None else rows
-    return (rows.to(side.device, kind)[where.to(side.device)]) * side.config.embed_scale
+    positions = None
+    if "positions" in side.parts:
+        positions = torch.from_numpy(np.array(side.parts["positions"].rows(0, ids_BS.shape[1])))
+        positions = (positions.to(side.through) if side.through is not None else positions).to(side.device, kind)
+    return place_tokens(rows.to(side.device, kind)[where.to(side.device)], side.config.embed_scale, positions)
 
 
 def load_logits(side: Side, x_BSD: Tensor) -> Tensor:
     """Logits [B, S, V] of the residual stream after the last layer, on the CPU."""
     config, kind = side.config, x_BSD.dtype
     with torch.device("meta"):
-        head = OutputHead(config, TokenEmbedding(config.vocab_size, config.dim))
+        head = OutputHead(config, TokenEmbedding(config))
     head = head.to(kind).to_empty(device=side.device)
     tensors = side.tensors("head.")
     if config.tie_embeddings:
@@ -81,6 +85,8 @@ def added(block: Block, config: ModelConfig, x_BSD: Tensor) -> tuple[Tensor, Ten
     finally:
         hook.remove()
     (y_BSD,) = seen
+    if block.ffn is not None and block.ffn.b2_D is not None:
+        y_BSD = y_BSD + block.ffn.b2_D
     y_BSD = block.ffn_norm(y_BSD) if config.norm_order == "post" else y_BSD
     return out_BSD, y_BSD * config.residual_scale
 

@@ -63,7 +63,7 @@ class Source:
     def open(cls, folder: str | Path) -> Source:
         """Read headers and config.json. Raises CheckpointError and ConfigError as `Checkpoint.open` and `read_parts`."""
         checkpoint = Checkpoint.open(folder)
-        family = family_of(checkpoint.config)
+        family = family_of(checkpoint.config, checkpoint.tensors)
         config, parts = read_parts(checkpoint)
         return cls(checkpoint, family, config, parts, ignored_tensors(checkpoint, family, config))
 
@@ -221,5 +221,5 @@ def _inputs(options: UpcycleOptions, config: ModelConfig | None) -> dict[str, st
     """SHA-256 of further files that the result depends on."""
     layers = config.moe_layers if config is not None else ()
     paths = [options.centroids] if options.centroids else []
-    paths += [options.activations.replace("{layer}", str(i)) for i in layers] if options.activations else []
+    paths += [path for i in layers if (path := options.activations_of(i)) is not None]
     return {path: file_sha256(Path(path)) for path in dict.fromkeys(paths)}

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...moe.attention_experts import AttentionRouter
 from ...moe.config import ModelConfig
 from ...moe.hf.matrix import Matrix
 from ...moe.model import Block
+from ...moe.router import TopKRouter
 from .layers import Side, added, load_block, load_embedding, load_logits
 from .progress import Told
 from .tokens import ProofTokens
@@ -200,10 +202,11 @@ def _layer(index: int, dense: Side, result: Side, streams: Mapping[torch.dtype, 
 def _narrowed(blocks: tuple[Block, Block], kind: torch.dtype) -> tuple[Block, Block]:
     """Both layers in a narrower type, routers as they are: their logits are always computed in float32."""
     for block in blocks:
-        routers = {} if block.moe is None else {name: t.clone() for name, t in block.moe.router.state_dict().items()}
+        routers = [m for m in block.modules() if isinstance(m, (TopKRouter, AttentionRouter))]
+        wide = [{name: t.clone() for name, t in router.state_dict().items()} for router in routers]
         block.to(kind)
-        if block.moe is not None:
-            block.moe.router.float().load_state_dict(routers)
+        for router, state in zip(routers, wide, strict=True):
+            router.float().load_state_dict(state)
     return blocks
 
 

@@ -96,6 +96,7 @@ class UpcycleResult:
                 "experts",
                 f"{moe.num_experts} of width {moe.expert_dim}, top-{moe.top_k}{shared}, in {len(self.config.moe_layers)} layers",
             ),
+            *_attention(self.config),
             ("parameters", f"{human(self.config.num_params)}, of which a token uses {human(self.config.num_active_params)}"),
             ("dense model", f"{human(self.dense.num_params)} parameters"),
             ("source tensors", f"{uses['copied']} copied, {uses['transformed']} transformed, {uses['ignored']} ignored"),
@@ -170,6 +171,14 @@ class UpcycleResult:
 
     def _repr_html_(self) -> str:
         return frame(self.page(), f"upcycling of {self.folder.name}")
+
+
+def _attention(config: ModelConfig) -> list[tuple[str, str]]:
+    """The fact of attention experts, where there are some."""
+    if config.attention_experts == 1:
+        return []
+    kept = "each with its own keys and values" if config.attention_expert_kv == "own" else "on the same keys and values"
+    return [("attention", f"{config.attention_experts} experts in every layer, all run for each token, {kept}")]
 
 
 def _facts(result: UpcycleResult) -> Part:

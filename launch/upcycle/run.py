@@ -149,7 +149,7 @@ def _manifest(plan: Plan, runtime: Runtime, cache: Path, told: Told) -> dict[str
 
 def _dtype(matrix: Matrix, parts: tuple[str, ...], main: str, keep: bool) -> str:
     """How a tensor is stored: routers in F32, others in `main`; with keep, vectors (norms) that need more bits as they are."""
-    if any(part.endswith((".moe.router", ".moe.router_bias")) for part in parts):
+    if any(part.endswith((".router", ".router_bias")) for part in parts):
         return "F32"
     return matrix.dtype if keep and len(matrix.shape) == 1 and narrower(main, matrix.dtype) else main
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -12,16 +13,19 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError, Problem
 from .family import Family, Layout, NotHeldError, Runtime
 from .family_dense import Gemma, Llama, Mistral, Olmo2, Qwen2, Qwen3
+from .family_gpt2 import Gpt2
 from .family_moe import FlexOlmo, Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
 from .family_native import NATIVE, Native
 from .family_scored import Glm4Moe, GraniteMoe
 from .fields import ORIGIN
 from .files import Checkpoint
-from .matrix import Constant, Matrix, Reshaped, Rows, Stacked, WeightedSum
+from .fused import unfused
+from .matrix import Cols, Constant, Matrix, Reshaped, Rows, Stacked, WeightedSum
 from .parts import Shape, part_shapes
+from .transposed import Band, Transposed
 
 _ALL: tuple[Family, ...] = (
-    *(Llama(), Mistral(), Qwen2(), Qwen3(), Olmo2(), Gemma()),
+    *(Llama(), Mistral(), Qwen2(), Qwen3(), Olmo2(), Gemma(), Gpt2()),
     *(Mixtral(), Qwen2Moe(), Qwen3Moe(), Olmoe(), FlexOlmo(), Glm4Moe(), GraniteMoe()),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in (*_ALL, Native())})
@@ -29,7 +33,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for
 _MLA = "its attention keeps one rotary key for all heads and norms a latent of keys and values"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "gpt2": "learned positions, LayerNorm, and a feed-forward network without a gate and with biases",
         "gpt_neox": "LayerNorm, and a feed-forward network without a gate and with biases",
         "opt": "learned positions, LayerNorm, and a feed-forward network without a gate and with biases",
         "bloom": "ALiBi positions, LayerNorm, and a feed-forward network without a gate",
@@ -56,11 +59,12 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 """Types that are known and cannot be represented, with the reason."""
 
 
-def family_of(config_json: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises ConfigError for one that is not read, with the reason where it is known."""
+def family_of(config_json: Mapping[str, Any], tensors: Collection[str] = ()) -> Family:
+    """The family of a config.json, with the names that files with `tensors` have. Raises ConfigError for one that is not read,
+    with the reason where it is known."""
     kind = config_json.get("model_type")
     if kind is not None and kind in FAMILIES:
-        return FAMILIES[kind]
+        return FAMILIES[kind].named_as(tensors)
     if kind is None:
         raise ConfigError([Problem("model_type", f"is missing; read are {', '.join(FAMILIES)}", ORIGIN)])
     if kind in REFUSED:
@@ -88,31 +92,32 @@ def read_parts(checkpoint: Checkpoint) -> tuple[ModelConfig, dict[str, Matrix]]:
     Raises ConfigError for a model that cannot be represented; CheckpointError for tensors that are missing, of another shape than
     config.json says, or that nothing is known about.
     """
-    family = family_of(checkpoint.config)
+    family = family_of(checkpoint.config, checkpoint.tensors)
     config = family.read(checkpoint.config)
-    layouts = family.tensors(config)
-    missing = [name for name, layout in layouts.items() if layout.parts and name not in checkpoint.tensors]
+    layouts, tensors = family.tensors(config), unfused(checkpoint, family, config)
+    missing = [name for name, layout in layouts.items() if layout.parts and name not in tensors]
     if missing:
         hint = "; if the head is the embedding, set tie_word_embeddings to true" if missing == ["lm_head.weight"] else ""
         raise CheckpointError(f"{checkpoint.folder} lacks {_few(missing)}, which its config.json asks for{hint}")
     ignored_tensors(checkpoint, family, config)
-    shapes, parts = part_shapes(config), dict[str, Matrix]()
+    shapes, parts, band = part_shapes(config), dict[str, Matrix](), Band()
     for name, layout in layouts.items():
         if layout.parts:
-            parts |= _parts_of(checkpoint, name, layout, shapes)
+            parts |= _parts_of(checkpoint.folder, name, tensors[name], layout, shapes, band)
     return config, {part: parts[part] for part in shapes}
 
 
 def ignored_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> dict[str, str]:
     """Tensors of a checkpoint that are no part of the model, each with the reason. Raises CheckpointError for unknown ones."""
     layouts, found, unknown = family.tensors(config), {}, []
-    for name, tensor in checkpoint.tensors.items():
+    tensors = unfused(checkpoint, family, config)
+    for name, tensor in tensors.items():
         reason = None if name not in layouts or layouts[name].parts else "the format wants it, but nothing depends on it"
         if name in layouts and reason is None:
             continue
         reason = reason or family.ignored(name, config)
         if name == "lm_head.weight" and config.tie_embeddings:
-            if not _equal(tensor, checkpoint.tensors[family.tensor_name("embed")]):
+            if not _equal(tensor, tensors[family.tensor_name("embed")]):
                 what = "differs from the embedding, but config.json ties them: set tie_word_embeddings to false"
                 raise CheckpointError(f"{checkpoint.folder}: {name} {what}")
             reason = "the same as the embedding, which the head is tied to"
@@ -143,33 +148,36 @@ def write_tensors(
         raise CheckpointError(
             f"the parts do not make up the model: {_few(sorted(wrong))} is missing, unknown or of another shape"
         )
-    dtype = parts["embed"].dtype
-    return {name: _tensor(layout, parts, dtype) for name, layout in family.tensors(config).items()}
+    dtype, band = parts["embed"].dtype, Band()
+    return {name: _tensor(layout, parts, dtype, band) for name, layout in family.tensors(config).items()}
 
 
-def _parts_of(checkpoint: Checkpoint, name: str, layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Matrix]:
+def _parts_of(
+    folder: Path, name: str, tensor: Matrix, layout: Layout, shapes: Mapping[str, Shape], band: Band
+) -> dict[str, Matrix]:
     """The parts in one tensor."""
-    tensor: Matrix = checkpoint.tensors[name]
     if tensor.shape != layout.shape:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(layout.shape)}"
-        )
+        raise CheckpointError(f"{folder}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(layout.shape)}")
     if layout.transform == "one_plus":
         # in F32 at least: 1 + w keeps few of the bits that w has near 0
         tensor = WeightedSum((tensor, Constant(tensor.shape, 1.0)), (1.0, 1.0))
+    elif layout.transform == "transposed":
+        tensor = Transposed(tensor, band)
     if len(layout.parts) == 1:
         (part,) = layout.parts
         return {part: tensor if tensor.shape == shapes[part] else Reshaped(tensor, shapes[part])}
     found: dict[str, Matrix] = {}
     start = 0
     for part in layout.parts:
-        rows = prod(shapes[part][:-1])
-        found[part] = Rows(tensor, start, start + rows)
-        start += rows
+        # vectors one after another are columns of one row, or rows of their own
+        count = shapes[part][0] if len(tensor.shape) == 1 else prod(shapes[part][:-1])
+        piece = (Cols if len(tensor.shape) == 1 else Rows)(tensor, start, start + count)
+        found[part] = piece if piece.shape == shapes[part] else Reshaped(piece, shapes[part])
+        start += count
     return found
 
 
-def _tensor(layout: Layout, parts: Mapping[str, Matrix], dtype: str) -> Matrix:
+def _tensor(layout: Layout, parts: Mapping[str, Matrix], dtype: str, band: Band) -> Matrix:
     """One tensor of its parts."""
     if not layout.parts:
         return Constant(layout.shape, 0.0, dtype)
@@ -177,6 +185,8 @@ def _tensor(layout: Layout, parts: Mapping[str, Matrix], dtype: str) -> Matrix:
     whole = pieces[0] if len(pieces) == 1 else Stacked(pieces)
     if layout.transform == "one_plus":
         whole = _less_one(whole)
+    elif layout.transform == "transposed":
+        whole = whole.of if isinstance(whole, Transposed) else Transposed(whole, band)
     return whole if whole.shape == layout.shape else Reshaped(whole, layout.shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -16,6 +16,8 @@ from .parts import Shape, part_shapes
 
 Runtime = Literal["transformers", "vllm"]
 """The program that a checkpoint is written for. Files are the same in kind; what the program makes of them is not."""
+Transform = Literal["one_plus", "transposed"]
+"""What lies between a part and its values in a file: see `Layout`."""
 
 
 class NotHeldError(ConfigError):
@@ -43,17 +45,44 @@ class Limit:
     version: str = ""
 
 
+def _attention_experts(config: ModelConfig) -> str | None:
+    count = config.attention_experts
+    return None if count == 1 else f"attention_experts is {count}, but attention experts are native only; legal: 1"
+
+
+NO_ATTENTION_EXPERTS = Limit(broken=_attention_experts)
+"""Of every format but our own: none of them has several attention blocks in a layer."""
+
+
+def _only(name: str, legal: object, why: str) -> Limit:
+    def broken(config: ModelConfig) -> str | None:
+        value = getattr(config, name)
+        return None if value == legal else f"{name} is {value!r}, but the format has {why}; legal: {legal!r}"
+
+    return Limit(broken=broken)
+
+
+LLAMA_KINDS = (
+    _only("norm", "rms", "RMSNorm, not LayerNorm"),
+    _only("positions", "rotary", "rotary positions, not learned positions"),
+    _only("ffn_gate", True, "a gate in every feed-forward network"),
+    _only("ffn_bias", False, "no biases in feed-forward networks"),
+)
+"""Limits of every format that is built like Llama: what no weights can make up for."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one tensor of a file is made: rows of the parts one after another, in `shape`.
 
     parts: names, empty for a tensor that holds no information and is filled with zeros.
-    transform: "one_plus" where the file has w and the part is 1 + w (Gemma's norms).
+    transform: "one_plus" where the file has w and the part is 1 + w (Gemma's norms); "transposed" where the file has the matrix
+    of the parts with rows and columns exchanged, in `shape` (GPT-2's projections).
     """
 
     shape: Shape
     parts: tuple[str, ...]
-    transform: Literal["one_plus"] | None = None
+    transform: Transform | None = None
 
 
 LLAMA_NAMES: Mapping[str, str] = MappingProxyType(
@@ -89,13 +118,18 @@ class Family(ABC):
     moe: bool = False
     names: Mapping[str, str] = LLAMA_NAMES
     leading: Mapping[str, str] = MappingProxyType({})
-    """Fused tensors: name below the layer -> first axes, "E" experts and "2" gate and up; the rows of the parts follow. "-" is a
-    matrix of one row that the file has as a vector."""
+    """Fused tensors: name below the layer -> first axes, "E" experts and "2" gate and up (length 1 where there is no gate); the
+    rows of the parts, or the parts themselves if they are vectors, follow. "-" is a matrix of one row that the file has as a
+    vector."""
     layer_prefix: str = "model.layers."
+    in_memory: Mapping[str, str] = MappingProxyType({})
+    """Names below the layer that transformers 5 has in memory alone, and so some programs save them -> those in files."""
     defaults: Mapping[str, Any] = MappingProxyType({})
     """What the format means by a key that is not in config.json, where this is not the same for all."""
     aliases: Mapping[str, str] = MappingProxyType({})
     """Keys of config.json -> other names under which programs write them."""
+    kinds: tuple[Limit, ...] = LLAMA_KINDS
+    """Limits of what the model is made of: those that formats share."""
     limits: tuple[Limit, ...] = ()
     routing: RouterConfig = RouterConfig()
     """Routing that a new model of this family is given."""
@@ -110,12 +144,16 @@ class Family(ABC):
     def write(self, config: ModelConfig, runtime: Runtime = "transformers") -> dict[str, Any]:
         """config.json of a model. Raises NotHeldError with every reason why this format, or `runtime`, cannot hold it."""
 
+    def named_as(self, tensors: Collection[str]) -> Family:
+        """This family with the names of tensors as in files that hold `tensors`, where programs write them differently."""
+        return self
+
     def broken(self, config: ModelConfig, runtime: Runtime = "transformers") -> list[tuple[Limit, str]]:
         """Limits that a model goes beyond, each with the reason in words."""
         if (config.moe is not None and bool(config.moe_layers)) != self.moe:
             what = "has no layer with experts" if self.moe else "has layers with experts, and this format has none"
             return [(Limit(broken=lambda _: what), f"the model {what}")]
-        asked = [limit for limit in self.limits if limit.runtime in (None, runtime)]
+        asked = [limit for limit in (NO_ATTENTION_EXPERTS, *self.kinds, *self.limits) if limit.runtime in (None, runtime)]
         found = [(limit, limit.broken(config)) for limit in asked]
         return [(limit, reason + _who(limit)) for limit, reason in found if reason is not None]
 
@@ -143,25 +181,34 @@ class Family(ABC):
         name = self.names[inside].format(e=expert)
         return f"{self.layer_prefix}{prefix}.{name}" if prefix else name
 
-    def transform(self, part: str) -> Literal["one_plus"] | None:
+    def transform(self, part: str) -> Transform | None:
         """What lies between a part and its values in the file."""
         return None
 
     def _layout(self, name: str, parts: list[str], shapes: Mapping[str, Shape], config: ModelConfig) -> Layout:
-        leaf = name.removeprefix(self.layer_prefix).split(".", 1)[-1]
+        leaf, transform = name.removeprefix(self.layer_prefix).split(".", 1)[-1], self.transform(parts[0])
         if leaf not in self.leading:
             (part,) = parts
-            return Layout(shapes[part], (part,), self.transform(part))
+            return Layout(shapes[part][::-1] if transform == "transposed" else shapes[part], (part,), transform)
         if self.leading[leaf] == "-":
             return Layout((math.prod(shapes[parts[0]]),), tuple(parts))
         experts = config.moe.num_experts if config.moe else 0
-        leading = tuple({"E": experts, "2": 2}[axis] for axis in self.leading[leaf])
+        leading = tuple({"E": experts, "2": 2 if config.ffn_gate else 1}[axis] for axis in self.leading[leaf])
         rows = sum(shapes[p][0] for p in parts)
-        return Layout((*leading, rows // math.prod(leading), shapes[parts[0]][1]), tuple(parts))
+        shape = (*leading, rows // math.prod(leading), *shapes[parts[0]][1:])
+        return Layout(shape[::-1] if transform == "transposed" else shape, tuple(parts), transform)
 
 
 class HuggingFaceFamily(Family):
     """A `model_type` of transformers: settings that all of them share, and what its subclass adds to them."""
+
+    def read_shared(self, fields: Fields) -> dict[str, Any]:
+        """Keywords of `ModelConfig` that families give alike."""
+        return shared_settings(fields)
+
+    def write_shared(self, config: ModelConfig) -> dict[str, Any]:
+        """Keys of config.json that families take alike."""
+        return shared_fields(config)
 
     @abstractmethod
     def read_more(self, fields: Fields, settings: dict[str, Any]) -> None:
@@ -179,7 +226,7 @@ class HuggingFaceFamily(Family):
         keys that are not known, which might change what the model computes.
         """
         fields = Fields(config_json, self.model_type, self.defaults, self.aliases)
-        settings = shared_settings(fields)
+        settings = self.read_shared(fields)
         self.read_more(fields, settings)
         fields.check()
         moe = settings.pop("moe", None)
@@ -198,7 +245,7 @@ class HuggingFaceFamily(Family):
         if reasons:
             raise NotHeldError(self.model_type, reasons)
         named = {"architectures": [self.architecture], "model_type": self.model_type}
-        return named | shared_fields(config) | self.write_more(config)
+        return named | self.write_shared(config) | self.write_more(config)
 
 
 def _who(limit: Limit) -> str:
@@ -206,14 +253,16 @@ def _who(limit: Limit) -> str:
 
 
 def split_part(part: str) -> tuple[str, str, str]:
-    """Layer, name inside it and expert, "" where there is none: `layers.3.moe.experts.5.up` -> ("3", "moe.experts.up", "5")."""
+    """Layer, name inside it and expert, "" where there is none: `layers.3.moe.experts.5.up` -> ("3", "moe.experts.up", "5"), and
+    so for attention experts."""
     if not part.startswith("layers."):
         return "", part, ""
     _, layer, inside = part.split(".", 2)
-    if not inside.startswith("moe.experts."):
+    kind, found, which = inside.partition(".experts.")
+    if not found:
         return layer, inside, ""
-    expert, leaf = inside.removeprefix("moe.experts.").split(".")
-    return layer, f"moe.experts.{leaf}", expert
+    expert, leaf = which.split(".")
+    return layer, f"{kind}.experts.{leaf}", expert
 
 
 def shared_settings(fields: Fields) -> dict[str, Any]:

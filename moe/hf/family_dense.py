@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from ..config import ModelConfig
-from .family import LLAMA_NAMES, HuggingFaceFamily
+from .family import LLAMA_NAMES, HuggingFaceFamily, Transform
 from .fields import Fields
 from .limits import NO_WINDOW, POST_NORM, PRE_NORM, UNSCALED, UNSCALED_EMBEDDING, WHOLE_ROPE, attention_bias, qk_norm, rule
 
@@ -206,5 +206,5 @@ class Gemma(HuggingFaceFamily):
     def write_more(self, config: ModelConfig) -> dict[str, Any]:
         return {"intermediate_size": config.dense_ffn_dim, "attention_bias": config.attention_bias == "all"}
 
-    def transform(self, part: str) -> Literal["one_plus"] | None:
+    def transform(self, part: str) -> Transform | None:
         return "one_plus" if part.endswith("norm") else None

@@ -85,6 +85,7 @@ class Mixtral(HuggingFaceFamily):
             "moe.experts.down": "block_sparse_moe.experts.{e}.w2.weight",
         }
     )
+    in_memory = MappingProxyType({"mlp": "block_sparse_moe"})
     limits = (
         PRE_NORM,
         qk_norm("none"),

@@ -15,34 +15,52 @@ from .fields import ORIGIN
 NATIVE = "moefold"
 """`model_type` of our own format."""
 
+_ATTENTION: Mapping[str, str] = MappingProxyType(
+    {
+        "q": "wq_QD",
+        "k": "wk_CD",
+        "v": "wv_CD",
+        "o": "wo_DQ",
+        "q_bias": "bq_Q",
+        "k_bias": "bk_C",
+        "v_bias": "bv_C",
+        "o_bias": "bo_D",
+        "q_norm": "q_norm.weight_D",
+        "k_norm": "k_norm.weight_D",
+    }
+)
 NATIVE_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "embed": "embed.weight_VD",
+        "positions": "embed.positions_SD",
         "head.norm": "head.norm.weight_D",
+        **{f"{norm}_bias": f"{norm}.bias_D" for norm in ("attention_norm", "ffn_norm", "head.norm")},
         "head.weight": "head.weight_VD",
         "attention_norm": "attention_norm.weight_D",
-        "attention.q": "attention.wq_QD",
-        "attention.k": "attention.wk_CD",
-        "attention.v": "attention.wv_CD",
-        "attention.o": "attention.wo_DQ",
-        "attention.q_bias": "attention.bq_Q",
-        "attention.k_bias": "attention.bk_C",
-        "attention.v_bias": "attention.bv_C",
-        "attention.o_bias": "attention.bo_D",
-        "attention.q_norm": "attention.q_norm.weight_D",
-        "attention.k_norm": "attention.k_norm.weight_D",
+        **{f"attention.{part}": f"attention.{name}" for part, name in _ATTENTION.items()},
+        **{f"attention.experts.{part}": f"attention.members.{{e}}.{name}" for part, name in _ATTENTION.items()},
+        "attention.router": "attention.router.weight_ND",
         "ffn_norm": "ffn_norm.weight_D",
         "ffn.gate": "ffn.w13_2FD",
         "ffn.up": "ffn.w13_2FD",
         "ffn.down": "ffn.w2_DF",
+        "ffn.gate_bias": "ffn.b13_2F",
+        "ffn.up_bias": "ffn.b13_2F",
+        "ffn.down_bias": "ffn.b2_D",
         "moe.router": "moe.router.weight_ED",
         "moe.router_bias": "moe.router.expert_bias_E",
         "moe.experts.gate": "moe.experts.w13_E2FD",
         "moe.experts.up": "moe.experts.w13_E2FD",
         "moe.experts.down": "moe.experts.w2_EDF",
+        "moe.experts.gate_bias": "moe.experts.b13_E2F",
+        "moe.experts.up_bias": "moe.experts.b13_E2F",
+        "moe.experts.down_bias": "moe.b2_ED",
         "moe.shared.gate": "moe.shared_expert.w13_2FD",
         "moe.shared.up": "moe.shared_expert.w13_2FD",
         "moe.shared.down": "moe.shared_expert.w2_DF",
+        "moe.shared.gate_bias": "moe.shared_expert.b13_2F",
+        "moe.shared.up_bias": "moe.shared_expert.b13_2F",
+        "moe.shared.down_bias": "moe.shared_expert.b2_D",
         "moe.shared_gate": "moe.shared_expert.gate_D",
     }
 )
@@ -57,9 +75,13 @@ class Native(Family):
     leading = MappingProxyType(
         {
             "ffn.w13_2FD": "2",
+            "ffn.b13_2F": "2",
             "moe.experts.w13_E2FD": "E2",
+            "moe.experts.b13_E2F": "E2",
             "moe.experts.w2_EDF": "E",
+            "moe.b2_ED": "E",
             "moe.shared_expert.w13_2FD": "2",
+            "moe.shared_expert.b13_2F": "2",
             "moe.shared_expert.gate_D": "-",
         }
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,22 @@ class Journal:
     shard: int = 0
     position: int = 0
     digests: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def begun(cls, plan: str, sources: Iterable[Path]) -> Journal:
+        """That of a writing of which nothing is done. Raises CheckpointError for a source that cannot be read."""
+        return cls(plan, {str(path): _stamp(path) for path in sorted(sources)})
+
+    def check(self, wanted: Journal, folder: Path) -> None:
+        """Raise CheckpointError unless what a folder has the journal of can be gone on with as what is `wanted`."""
+        again = f"remove {folder} to start again"
+        if self.plan != wanted.plan:
+            raise CheckpointError(
+                f"{folder} was begun with other options, sources or another version: use those to go on, or {again}"
+            )
+        changed = [path for path, stamp in wanted.sources.items() if self.sources.get(path) != stamp]
+        if changed:
+            raise CheckpointError(f"{changed[0]} has changed since {folder} was begun: {again}")
 
     def write(self, folder: Path) -> None:
         """Replace the journal; after a power cut there is the old one or the new one."""
@@ -59,6 +75,15 @@ class Journal:
                 f"{folder / JOURNAL} cannot be read ({type(error).__name__}: {error}), so nobody knows how far this "
                 f"checkpoint has come; remove {folder} to start again"
             ) from error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file does."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return found.st_size, found.st_mtime_ns
 
 
 def write_durably(path: Path, text: str) -> None:

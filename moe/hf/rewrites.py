@@ -91,14 +91,15 @@ def _fold_attention_scale(config: ModelConfig, parts: Mapping[str, Matrix]) -> P
 
 
 def _fold_residual_scale(config: ModelConfig, parts: Mapping[str, Matrix]) -> Parts:
-    last = ("attention_norm", "ffn_norm") if config.norm_order == "post" else (".o", ".o_bias", ".down")
-    return _scaled(parts, config.residual_scale, lambda name: name.startswith("layers.") and name.endswith(last))
+    last = ("attention_norm", "ffn_norm") if config.norm_order == "post" else (".o", ".down")
+    ends = (*last, *(f"{name}_bias" for name in last))
+    return _scaled(parts, config.residual_scale, lambda name: name.startswith("layers.") and name.endswith(ends))
 
 
 def _fold_routed_scaling(config: ModelConfig, parts: Mapping[str, Matrix]) -> Parts:
     assert config.moe is not None
     factor = config.moe.router.scaling_factor
-    return _scaled(parts, factor, lambda name: ".moe.experts." in name and name.endswith(".down"))
+    return _scaled(parts, factor, lambda name: ".moe.experts." in name and name.endswith((".down", ".down_bias")))
 
 
 def _unscaled_routing(config: ModelConfig) -> ModelConfig:
@@ -112,7 +113,11 @@ def _shared_gate(config: ModelConfig) -> ModelConfig:
 
 
 def _open_shared_gate(config: ModelConfig, parts: Mapping[str, Matrix]) -> Parts:
-    return _zeros(config, _shared_gate(config), parts) | _scaled(parts, 2.0, lambda name: name.endswith(".moe.shared.down"))
+    return _zeros(config, _shared_gate(config), parts) | _scaled(parts, 2.0, _of_shared_output)
+
+
+def _of_shared_output(name: str) -> bool:
+    return name.endswith((".moe.shared.down", ".moe.shared.down_bias"))
 
 
 def _one_shared(config: ModelConfig) -> ModelConfig:
@@ -155,9 +160,9 @@ _ALL = (
     ),
     Rewrite(
         name="fold_logits_scale",
-        says="the weight of the last norm is divided by logits_scale",
+        says="the weight of the last norm, and its bias, are divided by logits_scale",
         config=_with(logits_scale=1.0),
-        parts=lambda config, parts: {"head.norm": Scaled(parts["head.norm"], 1 / config.logits_scale)},
+        parts=lambda config, parts: _scaled(parts, 1 / config.logits_scale, lambda name: name.startswith("head.norm")),
     ),
     Rewrite(
         name="fold_routed_scaling",

@@ -102,7 +102,7 @@ def write_checkpoint(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder: choose another, or remove it")
     sources = frozenset(carry).union(*(matrix.sources() for matrix, _ in tensors.values()))
-    wanted = Journal(plan, {str(path): _stamp(path) for path in sorted(sources)})
+    wanted = Journal.begun(plan, sources)
     partial = out.with_name(out.name + ".partial")
     with locked(partial, LOCK):
         journal = _begin(partial, wanted)
@@ -279,14 +279,7 @@ def _begin(folder: Path, wanted: Journal) -> Journal:
             raise CheckpointError(f"{folder} has {others[0]} but no {JOURNAL}, so it is not an interrupted writing: move it away")
         wanted.write(folder)
         return wanted
-    again = f"remove {folder} to start again"
-    if found.plan != wanted.plan:
-        raise CheckpointError(
-            f"{folder} was begun with other options, sources or another version: use those to go on, or {again}"
-        )
-    changed = [path for path, stamp in wanted.sources.items() if found.sources.get(path) != stamp]
-    if changed:
-        raise CheckpointError(f"{changed[0]} has changed since {folder} was begun: {again}")
+    found.check(wanted, folder)
     return found
 
 
@@ -349,15 +342,6 @@ def _write_small(
     }
     write_durably(folder / MANIFEST, as_text({**manifest, "files": files}))
     sync_folder(folder)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """What changes when a file does."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    return found.st_size, found.st_mtime_ns
 
 
 def _nobody(done: int, total: int, seconds: float) -> None:

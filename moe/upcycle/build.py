@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..config import ModelConfig
 from ..errors import CheckpointError
 from ..hf.matrix import Matrix
-from ..hf.parts import part_shapes
+from ..hf.parts import attention_shapes, part_shapes
 from .experts import Ffn
 from .method import Models
 from .methods import METHODS
@@ -29,16 +29,18 @@ def upcycle_parts(dense: Sequence[DenseModel], options: UpcycleOptions) -> tuple
     method = METHODS[options.method]
     config = method.plan([model for model, _ in dense], options)
     method.check(dense, options)
-    experts: dict[str, Matrix] = {}
+    made: dict[str, Matrix] = {}
     for index in config.moe_layers:
-        experts |= method.layer(index, [_ffn(parts, index) for _, parts in dense], options, config)
+        made |= method.layer(index, [_ffn(parts, index) for _, parts in dense], options, config)
+    for index in range(config.num_layers):
+        made |= method.attention(index, [_attention(model, parts, index) for model, parts in dense], options, config)
     out: dict[str, Matrix] = {}
     for name, shape in part_shapes(config).items():
-        out[name] = experts.pop(name) if name in experts else method.rest(name, [parts[name] for _, parts in dense], options)
+        out[name] = made.pop(name) if name in made else method.rest(name, [parts[name] for _, parts in dense], options)
         if out[name].shape != shape:
             raise AssertionError(f"{options.method} made {name} of shape {out[name].shape}, but it must be {shape}")
-    if experts:
-        raise AssertionError(f"{options.method} made parts that the model does not have: {sorted(experts)}")
+    if made:
+        raise AssertionError(f"{options.method} made parts that the model does not have: {sorted(made)}")
     return config, out
 
 
@@ -70,4 +72,10 @@ def _check_parts(number: int, config: ModelConfig, parts: Mapping[str, Matrix]) 
 
 
 def _ffn(parts: Mapping[str, Matrix], layer: int) -> Ffn:
-    return {name: parts[f"layers.{layer}.ffn.{name}"] for name in ("gate", "up", "down")}
+    below = f"layers.{layer}.ffn."
+    return {name.removeprefix(below): matrix for name, matrix in parts.items() if name.startswith(below)}
+
+
+def _attention(config: ModelConfig, parts: Mapping[str, Matrix], layer: int) -> dict[str, Matrix]:
+    names = [name for name in attention_shapes(config) if name.startswith("attention.")]
+    return {name.removeprefix("attention."): parts[f"layers.{layer}.{name}"] for name in names}

@@ -77,7 +77,7 @@ class ByChance(Choice):
 
 @dataclass(frozen=True)
 class Picked(Matrix):
-    """The rows (axis 0) or columns (axis 1) of some neurons."""
+    """The rows (axis 0) or columns (axis 1; of a vector, its elements) of some neurons."""
 
     of: Matrix
     choice: Choice
@@ -85,7 +85,7 @@ class Picked(Matrix):
 
     def __post_init__(self) -> None:
         n = self.choice.size
-        self._is((n, self.of.cols) if self.axis == 0 else (self.of.num_rows, n), self.of.dtype)
+        self._is((n, self.of.cols) if self.axis == 0 else (*self.of.shape[:-1], n), self.of.dtype)
 
     def children(self) -> tuple[Matrix, ...]:
         return (self.of,)

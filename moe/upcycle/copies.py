@@ -27,7 +27,7 @@ class Copies(Method):
         """What makes the expert `name` differ from the dense FFN; `recent` is for choices of neurons."""
         return expert
 
-    def gap(self, options: UpcycleOptions) -> str | None:
+    def gap(self, options: UpcycleOptions, dense: ModelConfig) -> str | None:
         """Why `vary` changes the output; None where it does not."""
         return None
 
@@ -60,7 +60,7 @@ class Copies(Method):
             )
         shared = bool(find_sizes(model, options).shared[1])
         weights = None if independent else weight_gap(model, options, N, shared=shared)
-        return joined(self.gap(options), placement_gap(options, N), independent, weights)
+        return joined(self.gap(options, model), placement_gap(options, N, gated=model.ffn_gate), independent, weights)
 
     def layer(self, index: int, ffn: Sequence[Ffn], options: UpcycleOptions, config: ModelConfig) -> dict[str, Matrix]:
         dense, N, G = ffn[0], options.num_experts or 0, options.pieces
@@ -70,7 +70,8 @@ class Copies(Method):
         for e in range(N):
             name = f"layers.{index}.moe.experts.{e}"
             expert = self.vary(take(dense, _neurons(index, e, options, sizes, recent)), name, options, recent)
-            parts |= expert_parts(index, e, padded(scaled(expert, options, factor), sizes.expert_dim))
+            expert = scaled(expert, options, factor, has_bias=not sizes.shared[1])
+            parts |= expert_parts(index, e, padded(expert, sizes.expert_dim))
         return parts | shared_parts(index, dense, options, sizes)
 
 

@@ -11,7 +11,7 @@ from ..errors import ConfigError, Problem
 from ..hf.matrix import Joined, Matrix, Scaled, Stacked
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.*)")
-_FFN = re.compile(r"layers\.\d+\.(ffn|moe\.shared|moe\.experts\.\d+)\.(gate|up|down)")
+_FFN = re.compile(r"layers\.\d+\.(ffn|moe\.shared|moe\.experts\.\d+)\.(gate|up|down|gate_bias|up_bias)")
 
 
 def stack_depth(config: ModelConfig, parts: Mapping[str, Matrix], times: int) -> tuple[ModelConfig, dict[str, Matrix]]:
@@ -43,7 +43,7 @@ def stack_depth(config: ModelConfig, parts: Mapping[str, Matrix], times: int) ->
 def widen_ffn(
     config: ModelConfig, parts: Mapping[str, Matrix], times: int, shares: Sequence[float] | None = None
 ) -> tuple[ModelConfig, dict[str, Matrix]]:
-    """Every FFN, dense or of an expert, `times` as wide: each neuron is repeated and its output shared out. Exact.
+    """Every FFN, dense or of an expert, `times` as wide: neurons are repeated, with their biases, and outputs shared out. Exact.
 
     Net2WiderNet (Chen et al., arXiv 1511.05641); a gated FFN takes it as it is, since a neuron's row of gate and of up are
     repeated together.

@@ -40,8 +40,15 @@ class Method(ABC):
     def layer(self, index: int, ffn: Sequence[Ffn], options: UpcycleOptions, config: ModelConfig) -> dict[str, Matrix]:
         """Parts of MoE layer `index`, without its norms, from the FFN of that layer in each dense model; config is the plan."""
 
+    def attention(
+        self, index: int, attention: Sequence[Mapping[str, Matrix]], options: UpcycleOptions, config: ModelConfig
+    ) -> dict[str, Matrix]:
+        """Parts of the attention of layer `index` that are not made by `rest`, from that of each dense model by names below it
+        (`q`, `o_bias`); most methods make none."""
+        return {}
+
     def rest(self, name: str, matrices: Sequence[Matrix], options: UpcycleOptions) -> Matrix:
-        """A part that is not of an MoE layer's FFN, from that of each dense model."""
+        """A part that neither `layer` nor `attention` makes, from that of each dense model."""
         return matrices[0]
 
     def check(self, dense: Sequence[tuple[ModelConfig, Mapping[str, Matrix]]], options: UpcycleOptions) -> None:
@@ -53,13 +60,14 @@ def one_model(dense: Models, method: str) -> ModelConfig:
     """The only model. Raises ConfigError for another number of them."""
     models = [dense] if isinstance(dense, ModelConfig) else list(dense)
     if len(models) != 1:
-        what = f"is '{method}', which takes one dense model, but {len(models)} are given; merge and flex_olmo take several"
+        what = f"is '{method}', which takes one dense model, but {len(models)} are given; merge, bam and flex_olmo take several"
         raise ConfigError([Problem("upcycle.method", what)])
     return models[0]
 
 
 def same_models(dense: Models, options: UpcycleOptions) -> list[ModelConfig]:
-    """Several models that differ at most in their longest sequence. Raises ConfigError with every difference."""
+    """Several models that differ at most in their longest sequence (with rotary positions). Raises ConfigError with every
+    difference."""
     models = [dense] if isinstance(dense, ModelConfig) else list(dense)
     problems = []
     if len(models) < 2:
@@ -71,7 +79,9 @@ def same_models(dense: Models, options: UpcycleOptions) -> list[ModelConfig]:
     for i, model in enumerate(models[1:], start=1):
         for name, value in vars(model).items():
             wanted = getattr(models[0], name)
-            if name != "max_seq_len" and value != wanted:
+            # that is no more than a limit, unless there is a weight for each position
+            free = name == "max_seq_len" and model.positions == "rotary"
+            if not free and value != wanted:
                 problems.append(
                     Problem(f"model {i}, {name}", f"is {value}, but {wanted} in model 0; only FFN weights may differ")
                 )
@@ -143,11 +153,16 @@ def weight_gap(dense: ModelConfig, options: UpcycleOptions, num_experts: int, *,
     )
 
 
-def placement_gap(options: UpcycleOptions, num_experts: int) -> str | None:
-    """Why scaling all three matrices changes the output; None where they are not so scaled."""
+def placement_gap(options: UpcycleOptions, num_experts: int, *, gated: bool = True) -> str | None:
+    """Why scaling all matrices changes the output; None where they are not so scaled."""
     factor = output_scale(options, num_experts)
     if options.scale_placement != "both" or factor == 1:
         return None
+    if not gated:
+        return (
+            f"both matrices are scaled by the square root of {factor:g}, but the activation is not homogeneous; exact is "
+            "scale_placement = 'down' or 'routed_scaling'"
+        )
     return (
         f"all three matrices are scaled by the cube root of {factor:g}, but the gate's activation is not homogeneous: logits "
         "were off by about 5, 9 and 13 % at granularity 2, 4 and 8 in a small random SwiGLU model; exact is "

@@ -9,10 +9,10 @@ from typing import Literal
 from ..checks import check_types, not_negative, positive, raise_if
 from ..errors import Problem
 
-MethodName = Literal["copy", "virtual_groups", "drop", "noise", "dense_shared", "split", "merge", "flex_olmo"]
+MethodName = Literal["copy", "virtual_groups", "drop", "noise", "dense_shared", "split", "merge", "bam", "flex_olmo"]
 RouterInit = Literal["auto", "normal", "zeros", "repeated", "centroids"]
 
-SEVERAL = ("merge", "flex_olmo")
+SEVERAL = ("merge", "bam", "flex_olmo")
 """Methods that take several dense models, one for each expert."""
 _GROUPED = ("virtual_groups", "drop", "noise")
 _READ_BY = MappingProxyType(
@@ -24,7 +24,7 @@ _READ_BY = MappingProxyType(
         "shared_width": ("copy", *_GROUPED, "split"),
         "shared_init": ("copy", *_GROUPED, "split"),
         "shared_gate": ("copy", *_GROUPED, "dense_shared", "split"),
-        "scale_placement": ("copy", *_GROUPED, "split", "merge"),
+        "scale_placement": ("copy", *_GROUPED, "split", "merge", "bam"),
         "reinit_ratio": ("drop",),
         "per_matrix": ("drop",),
         "noise_std": ("noise",),
@@ -32,7 +32,8 @@ _READ_BY = MappingProxyType(
         "split_by": ("split",),
         "activations": ("split",),
         "kmeans_steps": ("split",),
-        "merge_weights": ("merge",),
+        "merge_weights": ("merge", "bam"),
+        "attention_expert_kv": ("bam",),
         "without": ("flex_olmo",),
         "trust_frozen": ("flex_olmo",),
     }
@@ -48,10 +49,10 @@ class UpcycleOptions:
     method: MethodName = "copy"
     """copy: every expert is the dense FFN. virtual_groups: copies, each cut into `granularity` pieces. drop, noise: those, partly
     drawn anew or with noise added. dense_shared: the dense FFN is the shared expert, routed ones start without output. split:
-    one FFN cut into all experts. merge: one expert from each of several models, all else averaged. flex_olmo: a public model's
-    FFN and those that were trained beside it."""
+    one FFN cut into all experts. merge: one expert from each of several models, all else averaged. bam: so, but attention is kept
+    too, as one attention expert from each model. flex_olmo: a public model's FFN and those that were trained beside it."""
     num_experts: int | None = None
-    """Routed experts of the result, pieces counted one by one; None only where each model gives one (merge, flex_olmo)."""
+    """Routed experts of the result, pieces counted one by one; None only where each model gives one (merge, bam, flex_olmo)."""
     top_k: int = 2
     """Routed experts for each token, pieces counted one by one."""
     granularity: int | None = None
@@ -84,7 +85,8 @@ class UpcycleOptions:
     """Widen experts by neurons of zeros to a multiple of this; then pieces may also differ by one neuron. None = never."""
     scale_placement: Literal["down", "both", "routed_scaling"] = "down"
     """Where the factor goes that makes up for the router's weights: the down projection (exact); its cube root to all three
-    matrices (arXiv 2410.07524, trains better in their runs, not exact for SwiGLU); or the router's scaling_factor (exact)."""
+    matrices, its square root to both where there is no gate (arXiv 2410.07524, trains better in their runs, exact for none of the
+    activations here); or the router's scaling_factor (exact)."""
     shuffle: bool = False
     """Shuffle each copy's neurons before it is cut, so that copies are cut differently (Qwen1.5-MoE)."""
 
@@ -95,8 +97,8 @@ class UpcycleOptions:
     """Also the root mean square that centroids are brought to, as longer rows make the softmax one-hot; 0 = as given."""
     router_noise_std: float = 0.0
     centroids: str | None = None
-    """A .npy file [rows, dim] for all layers, or a .npz with one array `layers.INDEX` for each MoE layer; one row for each
-    expert, or for each copy where copies are cut."""
+    """A .npy file [rows, dim] for all layers, or a .npz with one array `layers.INDEX` for each MoE layer (bam: each layer, for
+    attention's router too); one row for each expert, or for each copy where copies are cut."""
     seed: int = 0
 
     reinit_ratio: float = 0.5
@@ -109,10 +111,13 @@ class UpcycleOptions:
     split_by: Literal["random", "weights", "activations"] = "random"
     """Which neurons come together: chance; or balanced k-means on rows of the gate matrix, or on recorded activations."""
     activations: str | None = None
-    """Path of recorded hidden activations, .npy [tokens, neurons], with `{layer}` for the layer's index."""
+    """Recorded activations: a folder with a file `layers.INDEX.npy` [tokens, neurons] for each MoE layer; or the path of such a
+    file, with `{layer}` for the layer's index."""
     kmeans_steps: int = 20
     merge_weights: tuple[float, ...] = ()
     """Weight of each model where they are averaged, made to sum to 1; () = all equal."""
+    attention_expert_kv: Literal["own", "shared"] = "own"
+    """Whether attention experts keep the keys and values of their models, or share the average of these."""
     without: tuple[int, ...] = ()
     """Models, by index, that opt out: their expert and router row are left out. 0, the public model, cannot."""
     trust_frozen: bool = False
@@ -184,10 +189,16 @@ class UpcycleOptions:
         if (self.split_by == "activations") != (self.activations is not None):
             what = f"is {self.split_by!r}, and activations is {self.activations!r}: set both or none"
             problems.append(Problem(f"{path}.split_by", what))
-        elif self.activations is not None and "{layer}" not in self.activations:
+        elif self.activations is not None and "{layer}" not in self.activations and self.activations.endswith(".npy"):
             what = f"is {self.activations!r}, without {{layer}}; every layer has activations of its own: write act-{{layer}}.npy"
             problems.append(Problem(f"{path}.activations", what))
         return problems
+
+    def activations_of(self, layer: int) -> str | None:
+        """Path of the recorded activations of one layer; None where there are none."""
+        if self.activations is None or "{layer}" in self.activations:
+            return self.activations and self.activations.replace("{layer}", str(layer))
+        return f"{self.activations.rstrip('/')}/layers.{layer}.npy"
 
     @property
     def normalized(self) -> bool:

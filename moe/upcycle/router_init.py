@@ -13,13 +13,14 @@ from ..hf.matrix import Constant, Given, Matrix, Normal, RepeatRows
 from .options import UpcycleOptions
 
 
-def router(layer: int, options: UpcycleOptions, dim: int, copies: int, pieces: int) -> Matrix:
+def router(layer: int, options: UpcycleOptions, dim: int, copies: int, pieces: int, of: str = "moe") -> Matrix:
     """Rows [copies * pieces, dim] of the router of a layer; those of one copy's pieces are neighbours.
 
     They are the same within a copy, so that its pieces are chosen together and weigh the same (virtual groups, arXiv
-    2410.07524), unless router_init = "normal". Raises DataError for centroids that do not fit.
+    2410.07524), unless router_init = "normal". of: "moe" or "attention", which are drawn apart. Raises DataError for centroids
+    that do not fit.
     """
-    name, kind = f"layers.{layer}.moe.router", options.router_init
+    name, kind = f"layers.{layer}.{of}.router", options.router_init
     if kind == "normal":
         return Normal((copies * pieces, dim), options.router_std, options.seed, name)
     if kind == "zeros" and not options.router_noise_std:

@@ -118,6 +118,42 @@ def test_gelu_equals_the_specification(backend: Backend, dtype: torch.dtype, rto
     assert_same({name: x.to(wide) for name, x in got.items()}, want, rtol)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("backend", "dtype", "rtol"), BACKENDS)
+def test_networks_without_a_gate_and_with_biases(backend: Backend, dtype: torch.dtype, rtol: float, gated: bool) -> None:
+    """The specification is one network per expert, written out; rows beyond the counts give biases no gradient."""
+    counts, inner = COUNTS["empty-experts"], 2 if gated else 1
+    inputs = tensors(counts, dtype, extra_rows=3)
+    inputs |= {"w13_E2FD": inputs["w13_E2FD"][:, :inner], "b13_E2F": torch.randn(len(counts), inner, F).to(dtype)}
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def written_out(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, b13_E2F: Tensor) -> Tensor:
+        rows = list(x_RD.split([*counts, 3]))
+        for e, (w13_2FD, w2_DF, b13_2F) in enumerate(zip(w13_E2FD, w2_EDF, b13_E2F, strict=True)):
+            first, *second = (torch.nn.functional.linear(rows[e], w, b) for w, b in zip(w13_2FD, b13_2F, strict=True))
+            hidden = torch.nn.functional.gelu(first, approximate="tanh") * (second[0] if second else 1)
+            rows[e] = hidden @ w2_DF.T
+        return torch.cat([*rows[:-1], 0 * rows[-1]])
+
+    want = with_gradients(written_out, {name: x.to(wide) for name, x in inputs.items()})
+    for chosen, bound in ((backend, rtol), ("reference", rtol)):
+        how = partial(moe_mlp, counts_E=torch.tensor(counts), activation="gelu_tanh", backend=chosen)
+        got = with_gradients(how, inputs)
+        assert_same({name: x.to(wide) for name, x in got.items()}, want, bound)
+
+
+def test_triton_has_neither_biases_nor_networks_without_a_gate() -> None:
+    rows = torch.empty(0, D)
+    assert choose_backend(rows, gated=False, biased=True) == "loop"
+    with pytest.raises(ValueError, match="has SwiGLU without biases only, not a network without a gate; use 'auto' or 'torch'"):
+        choose_backend(rows, "triton", "gelu_tanh", gated=False)
+    inputs = tensors([2], torch.float32)
+    with pytest.raises(ValueError, match="not a network with biases"):
+        moe_mlp(**inputs, counts_E=torch.tensor([2]), backend="triton", b13_E2F=torch.zeros(1, 2, F))
+    with pytest.raises(ValueError, match=r"biases \(1, 1, 16\) are not those of w13, \(1, 2, 16\)"):
+        moe_mlp(**inputs, counts_E=torch.tensor([2]), b13_E2F=torch.zeros(1, 1, F))
+
+
 def test_gelu_is_its_tanh_formula() -> None:
     x = torch.linspace(-4, 4, 33, dtype=torch.float64)
     want = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
@@ -135,7 +171,7 @@ def test_triton_has_silu_only(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert [record.getMessage() for record in caplog.records] == [
         "moe_mlp runs on torch (the Triton products have silu only, not gelu_tanh)"
     ]
-    with pytest.raises(ValueError, match="moe_mlp: backend 'triton' has silu only, not 'gelu_tanh'; use 'auto' or 'torch'"):
+    with pytest.raises(ValueError, match="moe_mlp: backend 'triton' has silu only, not gelu_tanh; use 'auto' or 'torch'"):
         choose_backend(rows, "triton", "gelu_tanh")
     with pytest.raises(ValueError, match="activation 'relu' is none of 'silu', 'gelu_tanh'"):
         choose_backend(rows, "auto", "relu")  # type: ignore[arg-type]

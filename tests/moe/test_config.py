@@ -144,7 +144,7 @@ MODEL = [
     (
         {"activation": "gelu_tanh", "moe": moe(kernels="triton")},
         "model.moe.kernels",
-        "is 'triton', whose products have SiLU only, but activation = 'gelu_tanh'; use 'auto' or 'torch'",
+        "is 'triton', whose products are SwiGLU without biases only, but activation = 'gelu_tanh'; use 'auto' or 'torch'",
     ),
 ]
 RULES = [

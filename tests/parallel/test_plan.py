@@ -235,6 +235,9 @@ def test_a_summary_of_a_model() -> None:
     assert ModelSummary.of(open_rate, topology, tokens=100, nodes=2, precision="bf16").rate == 1.0
     bytes_on_the_wire = config(compress=CompressConfig(wire="int8", wire_block=8))
     assert ModelSummary.of(bytes_on_the_wire, topology, tokens=100, nodes=2, precision="bf16").load.row_bytes == 16 + 2 * 4
+    # without a gate there are two matrices instead of three
+    plain = ModelSummary.of(replace(config(), ffn_gate=False), topology, tokens=100, nodes=2, precision="bf16")
+    assert plain.work(LINKS).flops == summary.work(LINKS).flops * 2 / 3
     with pytest.raises(ConfigError, match="nothing to plan"):
         ModelSummary.of(replace(config(), moe=None), Topology(1), tokens=1, nodes=1, precision="fp32")
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ..method import Method
+from .bam import Bam
 from .copy import Copy
 from .dense_shared import DenseShared
 from .drop import Drop
@@ -16,5 +17,8 @@ from .split import Split
 from .virtual_groups import VirtualGroups
 
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {method.name: method for method in (Copy(), VirtualGroups(), Drop(), Noise(), DenseShared(), Split(), Merge(), FlexOlmo())}
+    {
+        method.name: method
+        for method in (Copy(), VirtualGroups(), Drop(), Noise(), DenseShared(), Split(), Merge(), Bam(), FlexOlmo())
+    }
 )

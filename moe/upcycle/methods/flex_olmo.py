@@ -37,6 +37,10 @@ class FlexOlmo(Method):
                 "(norm_order = 'post', OLMo 2), and the model has none"
             )
             problems.append(Problem("upcycle.renormalize", what))
+        kinds = {"ffn_gate": not models[0].ffn_gate, "ffn_bias": models[0].ffn_bias}
+        for kind in [name for name, other in kinds.items() if other]:
+            what = f"is {getattr(models[0], kind)}, but experts of this method are gated FFNs without biases; use method 'merge'"
+            problems.append(Problem(f"model 0, {kind}", what))
         raise_if(problems)
         kept = len(models) - len(options.without)
         if options.top_k > kept:

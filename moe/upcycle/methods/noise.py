@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...config import ModelConfig
 from ...hf.matrix import Normal, WeightedSum
 from ..choices import Recent
 from ..copies import Copies
@@ -10,7 +11,8 @@ from ..options import UpcycleOptions
 
 
 class Noise(Copies):
-    """As OLMoE's upcycling experiment does (arXiv 2409.02060): N(0, noise_std) on noise_share of the single weights."""
+    """As OLMoE's upcycling experiment does (arXiv 2409.02060): N(0, noise_std) on noise_share of the single weights;
+    biases stay."""
 
     name = "noise"
 
@@ -18,7 +20,7 @@ class Noise(Copies):
         std, share = options.noise_std, options.noise_share
         if not (std and share):
             return expert
-        return {
+        return dict(expert) | {
             which: WeightedSum(
                 (
                     matrix,
@@ -27,9 +29,10 @@ class Noise(Copies):
                 (1.0, 1.0),
             )
             for which, matrix in expert.items()
+            if not which.endswith("_bias")
         }
 
-    def gap(self, options: UpcycleOptions) -> str | None:
+    def gap(self, options: UpcycleOptions, dense: ModelConfig) -> str | None:
         std, share = options.noise_std, options.noise_share
         if not (std and share):
             return None

@@ -38,7 +38,8 @@ class Split(Method):
         return moe_model(model, options, find_sizes(model, options), N)
 
     def exact(self, dense: Models, options: UpcycleOptions) -> str | None:
-        self.plan(dense, options)
+        model = one_model(dense, self.name)
+        self.plan(model, options)
         N, K = options.num_experts or 0, options.top_k
         weights = None
         if K < N:
@@ -46,14 +47,15 @@ class Split(Method):
             weights += " with router_init = 'zeros'"
         elif not zero_router(options):
             weights = "pieces are weighed differently by the router; exact is router_init = 'zeros'"
-        return joined(placement_gap(options, N), weights)
+        return joined(placement_gap(options, N, gated=model.ffn_gate), weights)
 
     def layer(self, index: int, ffn: Sequence[Ffn], options: UpcycleOptions, config: ModelConfig) -> dict[str, Matrix]:
         dense, N = ffn[0], options.num_experts or 0
         sizes, factor = sizes_of(dense, options, config), output_scale(options, N)
         parts = router_parts(index, router(index, options, config.dim, N, 1), options)
         for e, expert in enumerate(_pieces(index, dense, options, sizes)):
-            parts |= expert_parts(index, e, padded(scaled(expert, options, factor), sizes.expert_dim))
+            expert = scaled(expert, options, factor, has_bias=not sizes.shared[1])
+            parts |= expert_parts(index, e, padded(expert, sizes.expert_dim))
         return parts | shared_parts(index, dense, options, sizes)
 
 
@@ -65,8 +67,9 @@ def _pieces(layer: int, dense: Ffn, options: UpcycleOptions, sizes: Sizes) -> li
             ByChance(last - first, first, start - first, stop - first, options.seed, name, recent) for start, stop in sizes.pieces
         ]
     else:
-        path = None if options.activations is None else Path(options.activations.replace("{layer}", str(layer)))
+        recorded = options.activations_of(layer)
+        path = None if recorded is None else Path(recorded)
         counts = tuple(stop - start for start, stop in sizes.pieces)
-        clusters = Clusters(dense["gate"], path, first, counts, options.kmeans_steps, options.seed, name)
+        clusters = Clusters(dense.get("gate", dense["up"]), path, first, counts, options.kmeans_steps, options.seed, name)
         chosen = [InCluster(clusters, k) for k in range(len(counts))]
     return [take(dense, choice) for choice in chosen]

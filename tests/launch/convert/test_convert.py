@@ -23,7 +23,7 @@ from moefold.moe.hf.families import FAMILIES, family_of
 from moefold.moe.hf.files import Checkpoint
 from tiny_models import stored, tiny_model
 
-ONE_EACH = ("llama-bias-llama3-tied", "mistral", "qwen2", "qwen3", "olmo2", "gemma", "mixtral")
+ONE_EACH = ("llama-bias-llama3-tied", "mistral", "qwen2", "qwen3", "olmo2", "gemma", "gpt2", "mixtral")
 ONE_EACH += ("qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "glm4_moe", "granitemoe")
 TOKENS_BS = torch.arange(10).view(1, 10) * 7 % 37
 
@@ -212,7 +212,7 @@ def test_nothing_is_written_over(mixtral: tuple[Path, Path], tmp_path: Path) -> 
     assert (tmp_path / "out.partial" / "mine").is_file()
 
 
-def test_an_import_that_fails_leaves_no_checkpoint_and_the_next_one_begins_anew(
+def test_an_import_that_fails_leaves_no_checkpoint_and_says_how_to_go_on(
     mixtral: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, out = tmp_path / "hf", tmp_path / "out"
@@ -224,6 +224,11 @@ def test_an_import_that_fails_leaves_no_checkpoint_and_the_next_one_begins_anew(
         native_write.write_native(out, source.config, source.parts, imported={}, texts={}, shard_bytes=2048)
     assert not out.exists() and list((tmp_path / "out.partial").glob("*.distcp"))
     (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(
+        CheckpointError, match=r"was begun with other options, sources or another version.*or remove .*out.partial"
+    ):
+        import_checkpoint(folder, out)
+    shutil.rmtree(tmp_path / "out.partial")
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")

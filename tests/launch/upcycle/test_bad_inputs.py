@@ -47,7 +47,7 @@ def only_pickles(folder: Path) -> object:
 
 DAMAGED: list[tuple[str, Callable[[Path], object], str]] = [
     ("unknown architecture", change(model_type="lama"), "is 'lama', which is not known; did you mean 'llama'?"),
-    ("refused architecture", change(model_type="gpt2"), "learned positions, LayerNorm"),
+    ("refused architecture", change(model_type="opt"), "learned positions, LayerNorm"),
     ("already with experts", change(model_type="mixtral", num_local_experts=2), "lacks model.layers.0.block_sparse_moe"),
     ("quantised", change(quantization_config={"quant_method": "gptq"}), "is quantised (gptq"),
     ("unknown key", change(attention_sinks=4), "attention_sinks"),

@@ -94,7 +94,9 @@ def wanted(rule: Rule) -> tuple[str, ...]:
     return rule.reasons
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHETYPES if all(r.mark == "x" for r in RULES if r.dense == name)])
+@pytest.mark.parametrize(
+    "name", [name for name in ARCHETYPES if name != "GPT-2" and not any(r.mark != "x" for r in RULES if r.dense == name)]
+)
 def test_models_that_cannot_be_read_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file

@@ -33,8 +33,7 @@ def test_goes_on_from_every_position(
     tensors = mixture(source)
     layout = lay_out(tensors, SHARD_BYTES)
     carry = [source / "tokenizer.json"]
-    stamps = {str(path): writer._stamp(path) for path in (source / SINGLE, *carry)}
-    start = Journal(plan_hash(layout, CONFIG, MANIFEST, carry), stamps)
+    start = Journal.begun(plan_hash(layout, CONFIG, MANIFEST, carry), (source / SINGLE, *carry))
     places = [(n, p) for n, shard in enumerate(layout.shards) for p in range(shard.nbytes + 1)]
     rng = np.random.default_rng(1)
     chosen = [(0, 0), (0, 1), (1, 8), *(places[i] for i in rng.integers(0, len(places), 24)), (len(layout.shards), 0)]

@@ -150,3 +150,17 @@ def test_a_truncated_recording_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(DataError, match="truncated"):
         recorded_features(path, 24, 0, 24)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("seen/activations", "seen/activations/layers.7.npy"),
+        ("seen/", "seen/layers.7.npy"),
+        ("a-{layer}.npy", "a-7.npy"),
+        (None, None),
+    ],
+)
+def test_recordings_are_a_folder_or_files_of_a_pattern(given: str | None, found: str | None) -> None:
+    recorded: dict[str, Any] = {} if given is None else {"split_by": "activations", "activations": given}
+    assert UpcycleOptions(method="split", num_experts=4, **recorded).activations_of(7) == found

@@ -233,7 +233,7 @@ def test_weights_that_should_have_been_frozen_are_compared() -> None:
 
 
 SEVERAL: list[tuple[dict[str, Any], int, dict[str, Any], str]] = [
-    ({"method": "copy", "num_experts": 4}, 2, {}, r"method.*is 'copy'.*2 are given.*merge and flex_olmo"),
+    ({"method": "copy", "num_experts": 4}, 2, {}, r"method.*is 'copy'.*2 are given.*merge, bam and flex_olmo"),
     ({"method": "merge"}, 1, {}, r"one dense model for each expert, but 1 is given"),
     ({"method": "merge", "num_experts": 3}, 2, {}, r"num_experts.*is 3, but 2 models"),
     ({"method": "merge"}, 2, {"rope_theta": 5e5}, r"model 1, rope_theta.*500000.*10000.*in model 0"),

@@ -73,7 +73,7 @@ def test_splits_that_cannot_be_are_refused(options: dict[str, Any], legal: str) 
 def test_every_method_is_there() -> None:
     assert tuple(METHODS) == get_args(MethodName)
     assert all(METHODS[name].name == name for name in METHODS)
-    assert {name for name in METHODS if METHODS[name].several} == {"merge", "flex_olmo"}
+    assert {name for name in METHODS if METHODS[name].several} == {"merge", "bam", "flex_olmo"}
 
 
 def test_public_names_load() -> None:
