@@ -53,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moefold {__version__}")
         return 0
     family = [verb for verb in VERBS if verb.startswith(f"{name} ")]
+    if family and name in VERBS:
+        # a verb that has words as well: `upcycle` and `upcycle record`
+        if rest and f"{name} {rest[0]}" in VERBS:
+            name, rest = f"{name} {rest[0]}", rest[1:]
+        return _guarded(name, rest)
     if family and (not rest or rest[0] in ("-h", "--help")):
         print(_overview(name), file=sys.stdout if rest else sys.stderr)
         return 0 if rest else 2

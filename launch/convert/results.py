@@ -16,22 +16,25 @@ MODEL_TOML = "model.toml"
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """A training checkpoint made of a Hugging Face folder. nbytes: of its tensors."""
+    """A training checkpoint made of a Hugging Face folder. nbytes: of its tensors. resumed: of these, what interrupted runs had
+    written."""
 
     source: Source
     out: Path
     nbytes: int
+    resumed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {"source": str(self.source.path)}
+        facts: dict[str, Any] = {"source": str(self.source.path), "resumed_bytes": self.resumed}
         facts |= {"family": self.source.family, "dtype": self.source.dtype, "out": str(self.out)}
         facts |= {"parameters": self.source.config.num_params, "bytes": self.nbytes, "ignored": dict(self.source.ignored)}
         return facts | {"carried": [path.name for path in self.source.carry]}
 
     def render(self) -> str:
+        earlier = f", of which {size(self.resumed)} by interrupted runs" if self.resumed else ""
         lines = [
             f"imported {self.source.describe()}",
-            f"  {self.source.config.num_params:,} parameters, {size(self.nbytes)} in {self.out}",
+            f"  {self.source.config.num_params:,} parameters, {size(self.nbytes)} in {self.out}{earlier}",
             *(f"  left out {name}: {reason}" for name, reason in self.source.ignored.items()),
             f"  train it: moefold pretrain {self.out / MODEL_TOML} TRAIN.toml --checkpoint.init_from {self.out}",
         ]

@@ -61,10 +61,11 @@ def import_checkpoint(
     """Make a training checkpoint, weights only, of a Hugging Face folder. `checkpoint.init_from` takes it under any layout.
 
     Weights become float32 (float64 stays); `export_checkpoint` makes the same tensors of it again. OUT/model.toml holds the
-    section [model]. About `shard_bytes` (256 MiB) are in memory at a time.
+    section [model]. About `shard_bytes` (256 MiB) are in memory at a time. Called again after an interruption, it goes on.
 
     Raises:
-        CheckpointError: the folder is missing, damaged, quantised; OUT is not empty; the disk is too small.
+        CheckpointError: the folder is missing, damaged, quantised; OUT is not empty; the disk is too small; an interrupted import
+            to OUT was of something else, or the folder has changed since.
         ConfigError: a model that cannot be represented, with every reason.
     """
     from .native_write import SHARD_BYTES as DEFAULT
@@ -74,7 +75,7 @@ def import_checkpoint(
         source = open_source(folder)
         raise CheckpointError(f"{source.path} is a training checkpoint already; `convert export` makes Hugging Face folders")
     source, out = open_hf(folder), Path(out).absolute()
-    nbytes = write_native(
+    wrote = write_native(
         out,
         source.config,
         source.parts,
@@ -84,7 +85,7 @@ def import_checkpoint(
         shard_bytes=shard_bytes or DEFAULT,
         progress=progress,
     )
-    return Imported(source=source, out=out, nbytes=nbytes)
+    return Imported(source=source, out=out, nbytes=wrote.nbytes, resumed=wrote.resumed)
 
 
 def export_checkpoint(

@@ -13,6 +13,7 @@ from ...moe.errors import ConfigError, Problem
 from ...moe.upcycle.options import UpcycleOptions
 from ..verb import Flags, Verb, print_json
 from .progress import Bar
+from .verbs_record import RECORD
 
 if TYPE_CHECKING:
     from ...moe.hf.rules import Rule
@@ -42,16 +43,17 @@ HELP: Mapping[str, str] = MappingProxyType(
         "router_init": "first rows of the router",
         "router_std": "their deviation; also that of centroids",
         "router_noise_std": "noise on a router of zeros",
-        "centroids": "rows of the router, .npy or .npz",
+        "centroids": "rows of the router, .npy or .npz; made by moefold upcycle record",
         "seed": "of everything that is drawn",
         "reinit_ratio": "drop: share of each expert's neurons that is drawn anew",
         "per_matrix": "drop: draw them for each matrix",
         "noise_std": "noise: its deviation",
         "noise_share": "noise: share of the weights",
         "split_by": "split: which neurons come together",
-        "activations": "split: recorded activations, .npy, with {layer}",
+        "activations": "split: recorded activations: a folder made by moefold upcycle record, or .npy with {layer}",
         "kmeans_steps": "split: at most",
-        "merge_weights": "merge: weight of each model, as 1,2,1",
+        "merge_weights": "merge, bam: weight of each model, as 1,2,1",
+        "attention_expert_kv": "bam: keys and values of attention experts",
         "without": "flex_olmo: models that opt out, as 1,3",
         "trust_frozen": "flex_olmo: do not compare what was frozen",
     }
@@ -74,9 +76,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--proof-tokens", type=int, default=512, metavar="N", help="on so many tokens (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="and there (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="show which format can hold which dense model, and why not")
-    parser.add_argument("--advise", action="store_true", help="say whether it is worth it, by published rules; write nothing")
+    parser.add_argument(
+        "--advise", action="store_true", help="say whether it is worth it, by published rules or a law; write nothing"
+    )
     parser.add_argument("--dense-tokens", type=float, metavar="N", help="advise: tokens that the dense model was trained on")
     parser.add_argument("--tokens", type=float, metavar="N", help="advise: tokens that the result would be trained on")
+    losses = "advise: measured points (columns kind,dense_tokens,tokens,loss) that a law is fitted to"
+    parser.add_argument("--losses", metavar="CSV", help=losses)
     parser.add_argument("--json", action="store_true", help="print JSON")
     hints = get_type_hints(UpcycleOptions)
     for f in fields(UpcycleOptions):
@@ -125,6 +131,8 @@ def _run(options: argparse.Namespace, flags: Flags) -> int:
         raise ConfigError([Problem(name, "is missing; or --list shows what can be upcycled") for name in missing])
     if options.advise:
         return _advise(options, asked)
+    if options.losses is not None:
+        raise ConfigError([Problem("--losses", "is for --advise only")])
     from . import upcycle
 
     result = upcycle(
@@ -159,7 +167,7 @@ def _advise(options: argparse.Namespace, asked: Mapping[str, Any]) -> int:
     dense = [Source.open(folder).config for folder in options.dense]
     config = choose(dense, options.target, asked, options.runtime, inexact=True).taken.config
     assert config is not None
-    advice = advise(dense[0], config, dense_tokens=options.dense_tokens, tokens=options.tokens)
+    advice = advise(dense[0], config, dense_tokens=options.dense_tokens, tokens=options.tokens, losses=options.losses)
     if options.json:
         print_json(advice.to_dict())
     else:
@@ -205,11 +213,13 @@ VERBS: Mapping[str, Verb] = MappingProxyType(
                 "moefold upcycle --from Llama-3.2-1B --to Llama-8x1B --experts 8 --top-k 2",
                 "moefold upcycle --list",
                 "moefold upcycle --from Qwen3-0.6B --to Qwen3-64x --method virtual_groups --experts 64 --granularity 8 --top-k 8",
+                "moefold upcycle --method bam --from seed seed-code seed-law --to mixed --target native --inexact-ok",
             ),
             (),
             _options,
             _run,
             settings=False,
-        )
+        ),
+        "upcycle record": RECORD,
     }
 )

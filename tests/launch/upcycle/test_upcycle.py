@@ -245,6 +245,9 @@ def test_the_command(dense_model: Any, tmp_path: Path, capsys: pytest.CaptureFix
         run(verb, "--from", source)
     assert run(verb, "--advise", "--from", source, "--experts", "4", "--dense-tokens", "1e9", "--tokens", "3e9") == 0
     assert "train from scratch: the budget is 4.07 times" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--losses: none.csv cannot be read"):
+        words = ["--advise", "--from", source, "--experts", "4", "--dense-tokens", "1e9", "--tokens", "3e9"]
+        run(verb, *words, "--losses", "none.csv")
 
 
 @pytest.mark.parametrize(("top_k", "limited", "noted"), [(2, None, True), (4, None, False), (2, False, False)])
