@@ -5,7 +5,7 @@ its return values come back as a list in the order of ranks. A rank that fails r
 
 Which one: `run_threads` for wide tables (milliseconds; no send/recv, one shared random state); `GlooPool` (fixture `gloo_pool`)
 for real processes at tens of milliseconds a case; `run_ranks` where a case needs fresh processes or a function that
-is not at module level.
+is not at module level. `in_child` forks without `torch.distributed`, for work that is to die.
 """
 
 from __future__ import annotations
@@ -185,6 +185,19 @@ class _Failure:
     text: str
     error: BaseException | None = None
     died: bool = False
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Exit status of a forked process that does `work`; negative: the signal that ended it."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _preload() -> None:

@@ -15,6 +15,16 @@ from moefold.moe.hf.parts import part_shapes
 
 Values = npt.NDArray[np.float64]
 
+GPT2: Mapping[str, Any] = {
+    "activation": "gelu_tanh",
+    "ffn_gate": False,
+    "ffn_bias": True,
+    "norm": "layer",
+    "positions": "learned",
+    "attention_bias": "all",
+}
+"""Fields of `ModelConfig` that make it a model of the kind of GPT-2."""
+
 
 def dense_config(width: int = 24, dim: int = 8, **changes: Any) -> ModelConfig:
     """A dense model of two small layers."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -18,15 +17,8 @@ from moefold.moe.init import initial_value
 from moefold.moe.layer import MoELayer
 from moefold.moe.model import Model
 from numeric import assert_same
+from upcycle_oracle import GPT2
 
-GPT2: Mapping[str, Any] = {
-    "activation": "gelu_tanh",
-    "ffn_gate": False,
-    "ffn_bias": True,
-    "norm": "layer",
-    "positions": "learned",
-    "attention_bias": "all",
-}
 KIND = FfnKind("gelu_tanh", gated=False, biased=True)
 
 

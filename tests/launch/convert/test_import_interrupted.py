@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import in_child
 from moefold.launch.convert import native_write, run, unfinished
 from moefold.launch.convert.results import Imported
 from moefold.launch.convert.run import import_checkpoint
@@ -47,19 +48,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
 def nothing_there(place: tuple[Path, Path, dict[str, bytes]]) -> None:
     for folder in (place[1], place[1].with_name("out.partial")):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Exit status of a forked process that does `work`; negative: the signal that ended it."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def die(*args: object, **kwargs: object) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers import in_child
 from moefold.moe.errors import CheckpointError
 from moefold.moe.hf import copying, writer
 from moefold.moe.hf.codec import Array
@@ -52,19 +53,6 @@ def test_goes_on_from_every_position(
         found = write(source, out)
         assert contents(out) == whole, f"going on from byte {position} of file {number}"
         assert found.resumed_bytes == sum(shard.nbytes for shard in layout.shards[:number]) + position
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Exit status of a forked process that does `work`; negative: the signal that ended it."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_killed_again_and_again(source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

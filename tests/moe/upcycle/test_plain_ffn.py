@@ -12,17 +12,9 @@ from moefold.moe.config import ModelConfig
 from moefold.moe.errors import ConfigError
 from moefold.moe.hf.matrix import Matrix
 from moefold.moe.upcycle import METHODS, UpcycleOptions, stack_depth, upcycle_parts, widen_ffn
-from upcycle_oracle import arrays, dense_config, dense_parts, ffn, gap, tokens
+from upcycle_oracle import GPT2, arrays, dense_config, dense_parts, ffn, gap, tokens
 
 EXACT = 1e-12
-GPT2: Mapping[str, Any] = {
-    "activation": "gelu_tanh",
-    "ffn_gate": False,
-    "ffn_bias": True,
-    "norm": "layer",
-    "positions": "learned",
-    "attention_bias": "all",
-}
 KINDS: Mapping[str, Mapping[str, Any]] = {"gpt2": GPT2, "plain": {"ffn_gate": False}, "biased": {"ffn_bias": True}}
 CUT = {"method": "virtual_groups", "num_experts": 6, "granularity": 2, "top_k": 4}
 SPLIT = {"method": "split", "num_experts": 4, "top_k": 4, "router_init": "zeros"}
