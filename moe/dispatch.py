@@ -83,6 +83,10 @@ class Experts(Protocol):
         """`work(x_TD, self)`, with the weights at hand."""
         ...
 
+    def late(self) -> Experts:
+        """The same for one call of `compute`, with weights whose gradients are computed late, in the turn of this call."""
+        ...
+
     def compute(
         self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None
     ) -> Tensor: ...
@@ -95,7 +99,9 @@ class Shared(Protocol):
 
 
 class Flight(ABC):
-    """Tokens under way to their experts."""
+    """Tokens under way to their experts. travels: whether they leave this rank."""
+
+    travels = True
 
     @abstractmethod
     def land(self, experts: Experts) -> None:
@@ -139,7 +145,8 @@ class Dispatcher(ABC):
             if meanwhile is not None:
                 meanwhile()
             for flight in flights:
-                flight.land(experts)
+                # in backward the gradients of rows travel while those of the weights are computed
+                flight.land(experts.late() if flight.travels else experts)
             if len(flights) == 1:
                 return flights[0].finish(shared_TD)
             y_TD = Interleave.apply(*[flight.finish() for flight in flights])
@@ -183,6 +190,8 @@ class LocalDispatcher(Dispatcher):
 
 
 class _AtHome(Flight):
+    travels = False
+
     def __init__(self, x_TD: Tensor, plan: DispatchPlan):
         self.x_TD, self.plan = x_TD, plan
 

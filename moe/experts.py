@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.backend import Backend
-from ..kernels.moe_mlp import act, moe_layer_mlp, moe_mlp
+from ..kernels.moe_mlp import LateGradients, act, moe_layer_mlp, moe_mlp
 from .config import Activation, ModelConfig
 from .dispatch import DispatchPlan, Experts
 
@@ -58,15 +58,50 @@ class GroupedExperts(nn.Module):
         """
         return work(x_TD, self)
 
-    def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
+    def late(self) -> Experts:
+        """These experts, for one call of `compute` on rows: in backward, the gradients of their weights are computed when
+        everything is done that was made after this call, see `LateGradients`."""
+        return _LateExperts(self)
+
+    def compute(
+        self,
+        x: Tensor,
+        counts_E: Tensor,
+        plan: DispatchPlan | None = None,
+        shared_TD: Tensor | None = None,
+        *,
+        by: _LateExperts | None = None,
+    ) -> Tensor:
         """Rows [R, D] sorted by expert -> the experts' outputs, same shape; with a plan, tokens [T, D] -> the weighted sums of
-        their experts' outputs, plus `shared_TD`."""
-        kernels, activation, biases = self.kernels, self.kind.activation, self.b13_E2F
+        their experts' outputs, plus `shared_TD`. by: the view of these experts that is asked."""
+        kernels, activation = self.kernels, self.kind.activation
+        w13_E2FD, w2_EDF, biases = (self.w13_E2FD, self.w2_EDF, self.b13_E2F) if by is None else by.weights
+        late = None if by is None else by.gradients
         if plan is None:
-            return moe_mlp(x, self.w13_E2FD, self.w2_EDF, counts_E, kernels, activation, biases)
+            return moe_mlp(x, w13_E2FD, w2_EDF, counts_E, kernels, activation, biases, late)
         rows = (plan.order_R, plan.row_TK, counts_E)
-        weights = (self.w13_E2FD, self.w2_EDF)
-        return moe_layer_mlp(x, plan.weights_TK, *rows, *weights, plan.kept_TK, shared_TD, kernels, activation, biases)
+        weights = (w13_E2FD, w2_EDF)
+        return moe_layer_mlp(x, plan.weights_TK, *rows, *weights, plan.kept_TK, shared_TD, kernels, activation, biases, late)
+
+
+class _LateExperts:
+    """`GroupedExperts.late`."""
+
+    def __init__(self, experts: GroupedExperts):
+        self.experts, self.gradients = experts, LateGradients()
+        w13_E2FD, w2_EDF, b13_E2F = self.gradients.taken(experts.w13_E2FD, experts.w2_EDF, experts.b13_E2F)
+        assert w13_E2FD is not None and w2_EDF is not None
+        self.weights = (w13_E2FD, w2_EDF, b13_E2F)
+
+    def late(self) -> Experts:
+        return self
+
+    def __call__(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
+        return work(x_TD, self)
+
+    def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
+        # by the experts' own method, around which recomputation, clocks and windows have put themselves
+        return self.experts.compute(x, counts_E, plan, shared_TD, by=self)
 
 
 class FeedForward(nn.Module):

@@ -151,6 +151,11 @@ class Hop:
     messages: int = 1
     counts_bytes: float = 0.0
 
+    def seconds(self, way: str, parts: int) -> float:
+        """Of one of so many exchanges on the way "out" or "back"."""
+        alone = self.link.seconds((self.out_bytes if way == "out" else self.back_bytes) / parts)
+        return alone + (self.link.alpha_s * (self.messages - 1) if way == "out" else 0.0)
+
 
 @dataclass(frozen=True)
 class LayerWork:
@@ -211,7 +216,8 @@ def layer_ops(work: LayerWork, costs: Costs, chunks: int | Pieces, *, backward: 
     for all units, those of an inner one before each.
 
     Backward is the mirror image, from the last unit to the first, without counts: gradients start on the way back, take inner
-    hops, experts with twice the operations, inner hops, and start on the way there; the shared experts' backward comes then.
+    hops, experts, inner hops, and start on the way there. Experts take twice the operations: those for rows before, those for
+    weights when the rows' gradients have been started. The shared experts' backward comes then.
 
     Raises:
         ValueError: fewer than one piece.
@@ -225,10 +231,6 @@ def layer_ops(work: LayerWork, costs: Costs, chunks: int | Pieces, *, backward: 
     turn = range(exchanges - 1, -1, -1) if backward else range(exchanges)
     there, back = ("back", "out") if backward else ("out", "back")
 
-    def seconds(hop: Hop, way: str, parts: int) -> float:
-        alone = hop.link.seconds((hop.out_bytes if way == "out" else hop.back_bytes) / parts)
-        return alone + (hop.link.alpha_s * (hop.messages - 1) if way == "out" else 0.0)
-
     def count(hop: Hop, name: str) -> None:
         if hop.counts_bytes and not backward:
             thread.run(name, hop.resource, hop.link.seconds(hop.counts_bytes), "c")
@@ -240,7 +242,7 @@ def layer_ops(work: LayerWork, costs: Costs, chunks: int | Pieces, *, backward: 
     for hop in outer:
         count(hop, "counts")
         for i in turn:
-            thread.start(f"{there} {i}", hop.resource, seconds(hop, there, exchanges), _mark(i))
+            thread.start(f"{there} {i}", hop.resource, hop.seconds(there, exchanges), _mark(i))
     if not backward:
         shared()
     for done, unit in enumerate(units, 1):
@@ -249,12 +251,16 @@ def layer_ops(work: LayerWork, costs: Costs, chunks: int | Pieces, *, backward: 
             thread.wait(f"{there} {i}")
         for depth, hop in enumerate(inner, 1):
             count(hop, f"counts {unit} ({depth})")
-            thread.run(f"{there} {unit} ({depth})", hop.resource, seconds(hop, there, ways.units), _mark(unit))
-        thread.run(f"experts {unit}", "compute", model.seconds(factor * work.flops / ways.units), _mark(unit))
+            thread.run(f"{there} {unit} ({depth})", hop.resource, hop.seconds(there, ways.units), _mark(unit))
+        experts_s = model.seconds(factor * work.flops / ways.units)
+        late_s = experts_s / 2 if backward and outer else 0.0
+        thread.run(f"experts {unit}", "compute", experts_s - late_s, _mark(unit))
         for depth, hop in reversed(list(enumerate(inner, 1))):
-            thread.run(f"{back} {unit} ({depth})", hop.resource, seconds(hop, back, ways.units), _mark(unit))
+            thread.run(f"{back} {unit} ({depth})", hop.resource, hop.seconds(back, ways.units), _mark(unit))
         for hop in outer if done % together == 0 else ():
-            thread.start(f"{back} {i}", hop.resource, seconds(hop, back, exchanges), _mark(i))
+            thread.start(f"{back} {i}", hop.resource, hop.seconds(back, exchanges), _mark(i))
+        if late_s:
+            thread.run(f"weights {unit}", "compute", late_s, _mark(unit))
     if backward:
         shared()
     for i in turn:

@@ -184,7 +184,8 @@ class StageClock:
             self._hook(layer.codec.register_forward_pre_hook(end_sort, prepend=True))
         self._module(layer.experts, "permute", index)
         self._hook(layer.experts.register_forward_pre_hook(end_sort, prepend=True))
-        self._replace(layer.experts, "compute", self._timed(layer.experts.compute, "experts", index))
+        for name in ("compute", "late"):
+            self._replace(layer.experts, name, self._timed(getattr(layer.experts, name), "experts", index))
         if layer.shared_expert is not None:
             self._module(layer.shared_expert, "shared", index)
         self._dispatcher(layer.dispatcher, index)

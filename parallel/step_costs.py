@@ -165,6 +165,9 @@ class _Untouched:
     def __call__(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
         return work(x_TD, self)
 
+    def late(self) -> Experts:
+        return self
+
     def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
         if plan is None:
             return x * 1.0

@@ -27,7 +27,7 @@ measurements) times as much as the part changes. Errors of parts are taken as in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -42,6 +42,8 @@ LEAST_S = 1e-4
 """A part of the base shorter than this calibrates nothing."""
 FACTORS = (0.2, 5.0)
 """Bounds of a calibration: outside of them, model and measurement do not speak of the same thing."""
+HALVINGS = 24
+"""Steps to a factor that has to be searched for."""
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,23 @@ def calibrate(base: Base, folding: Folding, volumes: Sequence[Volume]) -> Calibr
     products_s = sum(costs.forward.seconds(w.flops) + costs.backward.seconds(2 * w.flops) for w in work)
     experts = _factor(p.total("experts", most=True) / base.micros, products_s)
     rows_only = [replace(w, hops=tuple(replace(hop, counts_bytes=0.0) for hop in w.hops)) for w in work]
-    _, waiting_s = _makespans(rows_only, _costs(folding, experts), base.way.pieces)
-    exchange = _factor(p.total("dispatch", "combine") / base.micros, waiting_s)
+
+    def waiting_s(factor: float) -> float:
+        return _makespans([_scaled(w, factor) for w in rows_only], _costs(folding, experts), base.way.pieces)[1]
+
+    exchange = _solved(p.total("dispatch", "combine") / base.micros, waiting_s)
     return Calibration(exchange, experts, copy_s)
+
+
+def _solved(measured_s: float, modelled_s: Callable[[float], float]) -> float:
+    """The factor by which the model gives what was measured. Not in proportion: a part is hidden, and the rest grows faster."""
+    if min(measured_s, modelled_s(1.0)) < LEAST_S:
+        return 1.0
+    low, high = FACTORS
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if modelled_s(middle) < measured_s else (low, middle)
+    return (low + high) / 2
 
 
 def _factor(measured_s: float, modelled_s: float) -> float:

@@ -13,6 +13,7 @@ from ..backend import choose
 from ..permute import permute, unpermute
 from . import grouped_impl, reference
 from .activation import Activation, act, check_activation
+from .late import LateGradients
 from .loop_impl import MoeMlpLoop
 
 Backend = Literal["auto", "torch", "triton", "reference", "loop", "grouped"]
@@ -63,6 +64,7 @@ def moe_mlp(
     backend: Backend = "auto",
     activation: Activation = "silu",
     b13_E2F: Tensor | None = None,
+    late: LateGradients | None = None,
 ) -> Tensor:
     """The network of each row's own expert: w2[e] (act(w13[e, 0] x + b13[e, 0]) * (w13[e, 1] x + b13[e, 1])); without a gate
     w2[e] act(w13[e, 0] x + b13[e, 0]).
@@ -75,6 +77,8 @@ def moe_mlp(
         backend: see `choose_backend`.
         activation: act, see `activation.act`.
         b13_E2F: biases of these projections; None = none.
+        late: that the weights were `taken` from, to have their gradients after the rows'. Back ends without that compute them
+            together.
 
     Returns:
         y_RD, same dtype as x_RD.
@@ -92,11 +96,11 @@ def moe_mlp(
         raise ValueError(f"moe_mlp: biases {tuple(b13_E2F.shape)} are not those of w13, {(E, two, F)}")
     chosen = choose_backend(x_RD, backend, activation, gated=two == 2, biased=b13_E2F is not None)
     if chosen == "loop":
-        return MoeMlpLoop.apply(x_RD, w13_E2FD, w2_EDF, counts_E, activation, b13_E2F)
+        return MoeMlpLoop.apply(x_RD, w13_E2FD, w2_EDF, counts_E, activation, b13_E2F, late)
     if chosen == "triton":
         from . import triton_impl
 
-        return triton_impl.moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E)
+        return triton_impl.moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E, late=late)
     return (grouped_impl if chosen == "grouped" else reference).moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E, activation, b13_E2F)
 
 
@@ -113,6 +117,7 @@ def moe_layer_mlp(
     backend: Backend = "auto",
     activation: Activation = "silu",
     b13_E2F: Tensor | None = None,
+    late: LateGradients | None = None,
 ) -> Tensor:
     """permute, moe_mlp and unpermute in one: in Triton the rows are neither copied into expert order nor saved for backward.
 
@@ -122,7 +127,7 @@ def moe_layer_mlp(
         order_R, row_TK, counts_E, kept_TK: the plan of `sort_tokens`.
         w13_E2FD, w2_EDF: as for `moe_mlp`.
         shared_TD: added to the result (the shared experts' output, or a residual), in x's dtype.
-        backend, activation, b13_E2F: as for `moe_mlp`.
+        backend, activation, b13_E2F, late: as for `moe_mlp`.
 
     Returns:
         y_TD[t] = sum over the kept k, in their order and in at least fp32, of weights_TK[t, k] * (expert's output for token t).
@@ -135,13 +140,14 @@ def moe_layer_mlp(
     if chosen == "triton":
         from . import triton_impl
 
-        return triton_impl.moe_layer_mlp(x_TD, weights_TK, order_R, row_TK, counts_E, w13_E2FD, w2_EDF, shared_TD)
+        plan = (order_R, row_TK, counts_E)
+        return triton_impl.moe_layer_mlp(x_TD, weights_TK, *plan, w13_E2FD, w2_EDF, shared_TD, late=late)
     if kept_TK is not None and x_TD.device.type == "cpu":
         # the host has the counts: no rows for what is not kept
         order_R = order_R[: int(counts_E.sum())]
     x_RD = permute(x_TD, order_R, row_TK, kept_TK, backend="torch")
-    y_RD = moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E, chosen, activation, b13_E2F)  # type: ignore[arg-type]
+    y_RD = moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E, chosen, activation, b13_E2F, late)  # type: ignore[arg-type]
     return unpermute(y_RD, weights_TK, order_R, row_TK, kept_TK, shared_TD, backend="torch")
 
 
-__all__ = ["Activation", "Backend", "act", "choose_backend", "moe_layer_mlp", "moe_mlp"]
+__all__ = ["Activation", "Backend", "LateGradients", "act", "choose_backend", "moe_layer_mlp", "moe_mlp"]

@@ -19,6 +19,7 @@ from ..grouped_gemm.tiles import Tiles
 from ..grouped_gemm.triton_impl import check_dtype, plan_for, swiglu_weights, swiglu_weights_transposed
 from ..permute.triton_impl import gather_sum
 from ..triton_support import check_devices
+from .late import Grads, LateGradients
 
 
 def _forward(x: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, plan: Plan, tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -34,32 +35,52 @@ def _backward(
     ctx: Any, grad: Tensor, x: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, pre_RG: Tensor, scale: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the rows of x, w13, w2 and `scale` by row. With `scale`, grad and x are by token."""
-    plan, tiles = ctx.plan, ctx.tiles
+    plan, tiles, late = ctx.plan, ctx.tiles, ctx.late
     wanted_x, wanted_w13, wanted_w2 = (ctx.needs_input_grad[i] for i in ctx.places)
     grad_pre_RG, hidden_RF, grad_scale_R = swiglu_grad(grad, w2_EDF, pre_RG, scale, plan, tiles.rows, tiles.swiglu_grad)
-    grad_x = grad_w13 = grad_w2 = None
-    if wanted_w2:
-        gather = "" if scale is None else "a"
-        grad_w2 = weight_grad(grad, hidden_RF, torch.empty_like(w2_EDF), plan, tiles, gather)
+
+    def of_w2(hidden_RF: Tensor) -> Tensor:
+        return weight_grad(grad, hidden_RF, torch.empty_like(w2_EDF), plan, tiles, "" if scale is None else "a")
+
+    def of_w13() -> Tensor:
+        gather = "" if scale is None else "b"
+        return weight_grad(grad_pre_RG, x, torch.empty_like(w13_E2FD), plan, tiles, gather, paired=True)
+
+    late = late if wanted_w13 and wanted_w2 else None
+    grad_w2 = of_w2(hidden_RF) if wanted_w2 and late is None else None
+    held_RF = None if late is None else hidden_RF
     # freed before the next large tensor is made
     del hidden_RF
+    grad_x = None
     if wanted_x:
         weights, rows = swiglu_weights_transposed(w13_E2FD), plan._replace(order_R=None)
         grad_x = rows_times_weights(grad_pre_RG, weights, rows, tiles.rows, tiles.plain)[0]
-    if wanted_w13:
-        gather = "" if scale is None else "b"
-        grad_w13 = weight_grad(grad_pre_RG, x, torch.empty_like(w13_E2FD), plan, tiles, gather, paired=True)
-    return grad_x, grad_w13, grad_w2, grad_scale_R
+    if late is None:
+        return grad_x, of_w13() if wanted_w13 else None, grad_w2, grad_scale_R
+
+    def of_both() -> Grads:
+        assert held_RF is not None
+        return of_w13(), of_w2(held_RF)
+
+    return grad_x, *late.put(of_both, (w13_E2FD, w2_EDF)), grad_scale_R
 
 
 class _MoeMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, tiles: Tiles | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        w13_E2FD: Tensor,
+        w2_EDF: Tensor,
+        counts_E: Tensor,
+        tiles: Tiles | None,
+        late: LateGradients | None,
+    ) -> Tensor:
         w13_E2FD, w2_EDF = w13_E2FD.contiguous(), w2_EDF.contiguous()
         plan, tiles = plan_for(x_RD, counts_E, None, None, tiles)
         pre_RG, y_RD = _forward(x_RD, w13_E2FD, w2_EDF, plan, tiles)
         ctx.save_for_backward(x_RD, w13_E2FD, w2_EDF, pre_RG)
-        ctx.plan, ctx.tiles, ctx.places = plan, tiles, (0, 1, 2)
+        ctx.plan, ctx.tiles, ctx.places, ctx.late = plan, tiles, (0, 1, 2), late
         return y_RD
 
     @staticmethod
@@ -67,7 +88,7 @@ class _MoeMlp(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, w13_E2FD, w2_EDF, pre_RG = ctx.saved_tensors
         grad_x, grad_w13, grad_w2, _ = _backward(ctx, grad_RD, x_RD, w13_E2FD, w2_EDF, pre_RG, None)
-        return grad_x, grad_w13, grad_w2, None, None
+        return grad_x, grad_w13, grad_w2, None, None, None
 
 
 class _MoeLayerMlp(torch.autograd.Function):
@@ -83,12 +104,13 @@ class _MoeLayerMlp(torch.autograd.Function):
         w2_EDF: Tensor,
         shared_TD: Tensor | None,
         tiles: Tiles | None,
+        late: LateGradients | None,
     ) -> Tensor:
         w13_E2FD, w2_EDF, weights_TK = w13_E2FD.contiguous(), w2_EDF.contiguous(), weights_TK.contiguous()
         plan, tiles = plan_for(x_TD, counts_E, order_R, row_TK, tiles)
         pre_RG, y_RD = _forward(x_TD, w13_E2FD, w2_EDF, plan, tiles)
         ctx.save_for_backward(x_TD, weights_TK, row_TK, w13_E2FD, w2_EDF, pre_RG)
-        ctx.plan, ctx.tiles, ctx.places = plan, tiles, (0, 5, 6)
+        ctx.plan, ctx.tiles, ctx.places, ctx.late = plan, tiles, (0, 5, 6), late
         return gather_sum(y_RD, row_TK, weights_TK, shared_TD=shared_TD)
 
     @staticmethod
@@ -101,7 +123,7 @@ class _MoeLayerMlp(torch.autograd.Function):
         assert grad_scale_R is not None
         grad_weights_TK = grad_scale_R[row_TK].to(weights_TK.dtype)
         grad_shared = grad_TD if ctx.needs_input_grad[7] else None
-        return grad_x_TD, grad_weights_TK, None, None, None, grad_w13, grad_w2, grad_shared, None
+        return grad_x_TD, grad_weights_TK, None, None, None, grad_w13, grad_w2, grad_shared, None, None
 
 
 def _check(
@@ -118,14 +140,21 @@ def _check(
     check_devices(op, rows=x, counts=counts_E)
 
 
-def moe_mlp(x_RD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor, tiles: Tiles | None = None) -> Tensor:
+def moe_mlp(
+    x_RD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    counts_E: Tensor,
+    tiles: Tiles | None = None,
+    late: LateGradients | None = None,
+) -> Tensor:
     """As the public function; `tiles` sets the tile sizes, None = a fixed table.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other, or a dtype without a kernel.
     """
     _check("moe_mlp", x_RD, w13_E2FD, w2_EDF, counts_E)
-    return _MoeMlp.apply(x_RD, w13_E2FD, w2_EDF, counts_E, tiles)
+    return _MoeMlp.apply(x_RD, w13_E2FD, w2_EDF, counts_E, tiles, late)
 
 
 def moe_layer_mlp(
@@ -138,6 +167,7 @@ def moe_layer_mlp(
     w2_EDF: Tensor,
     shared_TD: Tensor | None = None,
     tiles: Tiles | None = None,
+    late: LateGradients | None = None,
 ) -> Tensor:
     """From tokens to tokens where all experts are local: the rows are neither copied into expert order nor saved.
 
@@ -165,4 +195,4 @@ def moe_layer_mlp(
             f"{op}: shared {shared_TD.dtype} {tuple(shared_TD.shape)} and tokens {x_TD.dtype} {tuple(x_TD.shape)} differ"
         )
     check_devices(op, rows=x_TD, weights=weights_TK, shared=shared_TD)
-    return _MoeLayerMlp.apply(x_TD, weights_TK, order_R, row_TK, counts_E, w13_E2FD, w2_EDF, shared_TD, tiles)
+    return _MoeLayerMlp.apply(x_TD, weights_TK, order_R, row_TK, counts_E, w13_E2FD, w2_EDF, shared_TD, tiles, late)

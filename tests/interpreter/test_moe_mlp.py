@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from moefold.kernels.grouped_gemm.tiles import Tile, Tiles
+from moefold.kernels.moe_mlp import LateGradients, reference
 from moefold.kernels.moe_mlp import moe_layer_mlp as public_layer
-from moefold.kernels.moe_mlp import reference
 from moefold.kernels.moe_mlp.triton_impl import moe_layer_mlp, moe_mlp
 from moefold.kernels.permute import reference as permutation
 from moefold.kernels.sort_tokens import sort_tokens
@@ -228,3 +229,23 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Tensor], says: str) -> 
     good = {"x_TD": torch.zeros(3, D), "weights_TK": torch.zeros(3, 2), **plan, **weights(2)}
     with pytest.raises(ValueError, match=says):
         moe_layer_mlp(**good | changes)
+
+
+@pytest.mark.parametrize("layer", [False, True], ids=["rows", "tokens"])
+def test_gradients_of_weights_may_come_late(layer: bool) -> None:
+    inputs, plan = layer_case(9, 2, 4) if layer else (tensors([17, 0, 8], 2), {"counts_E": torch.tensor([17, 0, 8])})
+    fn = partial(small_layer if layer else small_mlp, **plan)
+    puts: list[int] = []
+
+    class Told(LateGradients):
+        def put(self, *args: Any) -> Any:
+            puts.append(1)
+            return super().put(*args)
+
+    def late(w13_E2FD: Tensor, w2_EDF: Tensor, **others: Tensor) -> Tensor:
+        gradients = Told()
+        w13, w2 = gradients.taken(w13_E2FD, w2_EDF)
+        return fn(**others, w13_E2FD=w13, w2_EDF=w2, late=gradients)
+
+    assert_same(run(late, inputs, torch.float32), run(fn, inputs, torch.float32))
+    assert puts == [1]

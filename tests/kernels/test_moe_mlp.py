@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from moefold.kernels import moe_mlp as op
-from moefold.kernels.moe_mlp import Backend, act, choose_backend, moe_layer_mlp, moe_mlp
+from moefold.kernels.moe_mlp import Backend, LateGradients, act, choose_backend, moe_layer_mlp, moe_mlp
 from moefold.kernels.permute import permute, unpermute
 from moefold.kernels.sort_tokens import sort_tokens
 from numeric import assert_same, with_gradients
@@ -224,3 +225,60 @@ def test_shapes_that_do_not_fit_are_refused(wrong: dict[str, tuple[int, ...]]) -
     inputs = {name: torch.zeros(shape) for name, shape in (shapes | wrong).items()}
     with pytest.raises(ValueError, match="do not fit each other"):
         moe_mlp(**{**inputs, "counts_E": inputs["counts_E"].long()})
+
+
+class Step(torch.autograd.Function):
+    """A step of the way to the experts, told when backward comes to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log: list[str], name: str) -> Tensor:
+        ctx.log, ctx.name = log, name
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.log.append(ctx.name)
+        return grad, None, None
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_late_gradients_are_the_same_and_come_when_rows_are_on_their_way(backend: Backend, biased: bool) -> None:
+    counts, dtype = [3, 0, 5], torch.float32
+    inputs = tensors(counts, dtype, extra_rows=2)
+    if biased:
+        inputs["b13_E2F"] = torch.randn(3, 2, F)
+    log: list[str] = []
+
+    class Told(LateGradients):
+        def due(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+            log.append("weights")
+            return super().due(grads)
+
+    early = partial(moe_mlp, counts_E=torch.tensor(counts), backend=backend)
+
+    def late(x_RD: Tensor, **weights: Tensor) -> Tensor:
+        gradients = Told()
+        x_RD = Step.apply(x_RD, log, "wait")
+        taken = dict(zip(weights, gradients.taken(*weights.values()), strict=True))
+        return early(x_RD=Step.apply(x_RD, log, "send"), **taken, late=gradients)
+
+    assert_same(with_gradients(late, inputs), with_gradients(early, inputs), rtol=0)
+    assert log == ["send", "weights", "wait"]
+
+
+def test_weights_with_late_gradients_are_used_once() -> None:
+    inputs, late = tensors([4], torch.float32), LateGradients()
+    w13, w2 = late.taken(inputs["w13_E2FD"].requires_grad_(), inputs["w2_EDF"])
+    assert w13 is not None and w2 is not None
+    both = [moe_mlp(x, w13, w2, torch.tensor([4]), "loop", late=late) for x in (inputs["x_RD"], 2 * inputs["x_RD"])]
+    with pytest.raises(RuntimeError, match="used by one operation only"):
+        (both[0] + both[1]).sum().backward()
+
+
+def test_frozen_weights_have_no_late_gradients() -> None:
+    inputs, late = tensors([4], torch.float32), LateGradients()
+    w13, w2 = late.taken(inputs["w13_E2FD"], inputs["w2_EDF"])
+    assert w13 is not None and w2 is not None
+    moe_mlp(inputs["x_RD"].requires_grad_(), w13, w2, torch.tensor([4]), "loop", late=late).sum().backward()
+    assert inputs["x_RD"].grad is not None and inputs["w13_E2FD"].grad is None and late.due(()) == ()

@@ -74,8 +74,8 @@ class Device:
     def attend(self, forward: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
         return Work.apply(forward(x, *args), self.factor * ATTENTION_S)
 
-    def compute(self, compute: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
-        return Work.apply(compute(x, *args), self.factor * ROW_S * len(x))
+    def compute(self, compute: Callable[..., Tensor], x: Tensor, *args: Any, **how: Any) -> Tensor:
+        return Work.apply(compute(x, *args, **how), self.factor * ROW_S * len(x))
 
 
 def attach(device: Device, engine: Engine) -> None:

@@ -81,6 +81,9 @@ class Witness:
     def __call__(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
         return work(x_TD, self)
 
+    def late(self) -> Experts:
+        return self
+
     def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
         assert plan is None and shared_TD is None
         self.rows += x.tolist()

@@ -247,6 +247,9 @@ class Witness:
     def __call__(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
         return work(x_TD, self)
 
+    def late(self) -> Experts:
+        return self
+
     def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
         self.seen += [[(int(r), int(t)) for r, t in block.tolist()] for block in x.split(counts_E.tolist())]
         return x

@@ -160,14 +160,16 @@ def test_backward_mirrors_it_with_twice_the_work() -> None:
     assert when(timeline) == {
         "back 1": (0, 2),
         "back 0": (2, 4),
-        "experts 1": (2, 8),
-        "out 1": (8, 10),
-        "experts 0": (8, 14),
-        "out 0": (14, 16),
+        "experts 1": (2, 5),
+        "out 1": (5, 7),
+        "weights 1": (5, 8),
+        "experts 0": (8, 11),
+        "out 0": (11, 13),
+        "weights 0": (11, 14),
         "shared": (14, 16),
     }
     assert timeline.makespan_s == 16
-    assert timeline.idle("across") == ((4, 8), (10, 14))
+    assert timeline.idle("across") == ((4, 5), (7, 11), (13, 16))
 
 
 def test_two_levels_wait_inside_for_each_piece() -> None:
@@ -192,7 +194,7 @@ def test_two_levels_wait_inside_for_each_piece() -> None:
     }
     backward = simulate(LayerWork(hops, 2.0), costs(), 2, backward=True)
     assert not [span for span in backward.spans if span.op.name.startswith("counts")]
-    assert when(backward)["back 1 (1)"] == (1, 2) and when(backward)["out 1 (1)"] == (4, 5)
+    assert when(backward)["back 1 (1)"] == (1, 2) and when(backward)["out 1 (1)"] == (3, 4)
 
 
 def test_a_second_message_costs_its_start_on_the_way_there_only() -> None:

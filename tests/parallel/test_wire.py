@@ -174,6 +174,9 @@ class Echo:
     def __call__(self, x_TD: Tensor, work: Any) -> Tensor:
         return work(x_TD, self)
 
+    def late(self) -> Experts:
+        return self
+
     def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
         return 2 * x
 
