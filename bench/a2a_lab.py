@@ -6,8 +6,10 @@ of each host in each direction. `flat` posts every receive first: on gloo that i
 shown beside it. DeepSpeed's layer has the same weights in a loop that does less beside it (bench/a2a/deepspeed_peer.py); it is
 also shown with receives first, and with a capacity over which it drops choices (not exact); it takes part in every third round.
 Nothing is timed unless all exact ways have the same loss. `times_faster` is the median over rounds of (time of flat / time of
-this one) in the same round. All ranks share the cores of one machine, so that computing and the network stack disturb each other
-more than on a cluster, and steps that compute less gain by that too.
+this one) in the same round. `flat` and `hierarchical` compute nothing while they wait; weights' gradients that come late, pieces
+and windows are overlap. All ranks share the cores of one machine, so that computing and the network stack disturb each other
+more than on a cluster, and steps that compute less gain by that too. With `--expert-us`, experts take time on top that nobody
+else loses, as on accelerators.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from .a2a.case import (
     EVERYTHING,
     FLAT,
     HIERARCHICAL,
-    IN_PIECES,
+    OVERLAPPED,
     VOCAB,
     Case,
     Turn,
@@ -51,7 +53,7 @@ ROOT = Path(__file__).resolve().parents[1]
 START_S, ROUND_S = 240.0, 120.0
 """Limits of a job's start and of one round."""
 COMPARABLE = (0.3, 0.6)
-"""Part of a hierarchical step's time in transfer for which the gain of pieces is judged."""
+"""Part of a hierarchical step's time in transfer for which the gain of overlap is judged."""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +63,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks-per-host", type=int, default=Case.ranks_per_host, help="(default: %(default)s)")
     parser.add_argument("--train-steps", type=int, default=Case.train_steps, help="before all turns (default: %(default)s)")
     parser.add_argument("--without", nargs="*", default=[], metavar="WORD", help="variants to leave out: beginnings of names")
+    how = "let experts also sleep N microseconds per row, as on a device of their own; leaves DeepSpeed out"
+    parser.add_argument("--expert-us", type=float, default=0.0, metavar="N", help=how)
     parser.add_argument("--quick", action="store_true", help="last rate only, 2 rounds, small batches: to see that it runs")
 
 
@@ -68,11 +72,15 @@ def run(options: argparse.Namespace) -> Result:
     rates, rounds = options.rates, options.rounds
     try:
         variants = chosen(options.without)
-        case = Case(ranks_per_host=options.ranks_per_host, train_steps=options.train_steps)
+        sizes = {"ranks_per_host": options.ranks_per_host, "train_steps": options.train_steps, "expert_us": options.expert_us}
+        case = Case(**sizes)
     except ValueError as error:
         refuse(error)
     if options.quick:
         rates, rounds, case = rates[-1:], 2, replace(case, host_sequences=case.ranks_per_host, train_steps=4)
+    if case.expert_us:
+        # its experts are its own, and would not sleep
+        variants = [v for v in variants if not v.deepspeed]
     first, turns = measure(case, variants, rates, rounds)
     return Result(table(case, variants, rates, first, turns), figures(case, rates, turns))
 
@@ -184,8 +192,8 @@ def table(
 def figures(case: Case, rates: Sequence[str], turns: Sequence[Turn]) -> Mapping[str, float]:
     """Gains by rate, and what goals are stated for: the least gain over the rates.
 
-    `pieces_gain` is that of the best number of pieces over none, taken where the hierarchical step spends `COMPARABLE` of its
-    time in transfer; without such a rate it is absent.
+    `overlap_gain` is that of the best of `OVERLAPPED` over no overlap, taken where the hierarchical step spends `COMPARABLE` of
+    its time in transfer; without such a rate it is absent.
     """
     found: dict[str, float] = {"formula": case.formula}
     wanted = {
@@ -201,11 +209,11 @@ def figures(case: Case, rates: Sequence[str], turns: Sequence[Turn]) -> Mapping[
             if ratios := times_faster(turns, link, one, other):
                 found[f"{name}_{rate}"] = statistics.median(ratios)
                 least.setdefault(name, []).append(found[f"{name}_{rate}"])
-        gains = [statistics.median(r) for name in IN_PIECES if (r := times_faster(turns, link, name, HIERARCHICAL))]
+        gains = [statistics.median(r) for name in OVERLAPPED if (r := times_faster(turns, link, name, HIERARCHICAL))]
         shares = [t.transfer for t in turns if t.link == link and t.variant == HIERARCHICAL]
         if gains and shares:
-            found[f"pieces_gain_{rate}"] = max(gains)
+            found[f"overlap_gain_{rate}"] = max(gains)
             found[f"transfer_share_{rate}"] = share = statistics.median(shares)
             if COMPARABLE[0] <= share <= COMPARABLE[1]:
-                least.setdefault("pieces_gain", []).append(max(gains))
+                least.setdefault("overlap_gain", []).append(max(gains))
     return found | {name: min(gains) for name, gains in least.items()}

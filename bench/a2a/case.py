@@ -20,7 +20,7 @@ class Case:
 
     host_sequences: of `seq_len` tokens, for each host and step. train_steps: exact ones before anything is measured, so that
     hidden states and routing are those of a model that has begun to learn. rate, hashes: of compression, where a variant
-    compresses.
+    compresses. expert_us: microseconds per row that experts sleep, see `asleep`; 0 = they only compute.
     """
 
     hosts: int = 4
@@ -37,6 +37,7 @@ class Case:
     lr: float = 2e-3
     rate: float = 0.2
     hashes: int = 14
+    expert_us: float = 0.0
 
     @property
     def world(self) -> int:
@@ -92,7 +93,8 @@ class Variant:
     `ParallelConfig`. compressed: at the rate of the case; else every row travels. wire: see `CompressConfig`. own_all_to_all:
     rows go by gloo's own all-to-all, which posts sends first; else every receive is posted before any send. capacity: DeepSpeed's
     factor, over which it drops choices; None = it drops none, and pads instead. windows: gradients are summed where no rows
-    travel in backward; else when FSDP comes to it. every: takes part in each so many rounds.
+    travel in backward; else when FSDP comes to it. late: the gradients of experts' weights are computed while those of rows
+    travel, as in training; else before these leave. every: takes part in each so many rounds.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Variant:
     own_all_to_all: bool = False
     capacity: float | None = None
     windows: bool = False
+    late: bool = True
     every: int = 1
 
     @property
@@ -118,12 +121,13 @@ class Variant:
 FLAT, HIERARCHICAL, EVERYTHING, DEEPSPEED = "flat", "hierarchical", "hierarchical, 2 pieces, LSH", "DeepSpeed-MoE"
 DEEPSPEED_RECEIVING, DEEPSPEED_DROPPING = "DeepSpeed-MoE, receive first", "DeepSpeed-MoE, capacity 1.25"
 VARIANTS = (
-    Variant(name=FLAT, dispatcher="all_to_all"),
-    Variant(name="flat, gloo all-to-all", dispatcher="all_to_all", own_all_to_all=True),
+    Variant(name=FLAT, dispatcher="all_to_all", late=False),
+    Variant(name="flat, gloo all-to-all", dispatcher="all_to_all", own_all_to_all=True, late=False),
     Variant(name="flat, LSH", dispatcher="all_to_all", compressed=True),
-    Variant(name=HIERARCHICAL, dispatcher="hierarchical"),
+    Variant(name=HIERARCHICAL, dispatcher="hierarchical", late=False),
+    Variant(name="hierarchical, late", dispatcher="hierarchical"),
+    Variant(name="hierarchical, late, windows", dispatcher="hierarchical", windows=True),
     Variant(name="hierarchical, 2 pieces", dispatcher="hierarchical", pieces=2),
-    Variant(name="hierarchical, windows", dispatcher="hierarchical", windows=True),
     Variant(name="hierarchical, 2 pieces, windows", dispatcher="hierarchical", pieces=2, windows=True),
     Variant(name="hierarchical, 3 pieces", dispatcher="hierarchical", pieces=3),
     Variant(name="hierarchical, 4 pieces", dispatcher="hierarchical", pieces=4),
@@ -134,8 +138,8 @@ VARIANTS = (
     Variant(name=DEEPSPEED_RECEIVING, dispatcher="deepspeed", every=3),
     Variant(name=DEEPSPEED_DROPPING, dispatcher="deepspeed", own_all_to_all=True, capacity=1.25, every=3),
 )
-IN_PIECES = tuple(v.name for v in VARIANTS if v.pieces > 1 and v.exact and not v.windows)
-"""What the gain of pieces is taken from."""
+OVERLAPPED = tuple(v.name for v in VARIANTS if v.dispatcher == "hierarchical" and v.late and v.exact)
+"""What the gain of overlap is taken from: weights' gradients come late, in pieces or not, and in windows or not."""
 
 
 def chosen(without: list[str]) -> list[Variant]:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefold.moe.dispatch import Dispatcher
+from moefold.moe.dispatch import Dispatcher, Flight
 from moefold.parallel.apply import build_dispatcher
 from moefold.parallel.comm_record import CommRecord
 from moefold.parallel.engine import Engine, MicroBatch
@@ -29,6 +29,7 @@ from moefold.parallel.topology import Topology
 from moefold.parallel.transfer import Exchange
 from moefold.parallel.wire import Wire
 
+from .asleep import add_sleep
 from .case import Case, Turn, Variant
 from .deepspeed_peer import DeepSpeedPeer
 
@@ -66,6 +67,8 @@ class Bench:
         own = slice(self.rank * case.sequences, (self.rank + 1) * case.sequences)
         self.batches = [MicroBatch(w[own, :-1].contiguous(), w[own, 1:].contiguous()) for w in windows_XBS]
         self._train()
+        for layer in self.engine.layers if case.expert_us else ():
+            add_sleep(layer, 1e-6 * case.expert_us)
         self.peer = DeepSpeedPeer(case, self.engine, self.recorder) if any(v.deepspeed for v in variants) else None
 
     def _dispatchers(self, variant: Variant) -> list[Dispatcher]:
@@ -127,7 +130,9 @@ class Bench:
         # without, sums are made where FSDP wants them
         self.engine.windows = self.windows if variant.windows else None
         self.engine.set_compression(self.case.rate if variant.compressed else 1.0, sampled if variant.compressed else 0)
-        with by_all_to_all() if variant.own_all_to_all else nullcontext():
+        # flights that do not travel have nothing to wait for
+        late = nullcontext() if variant.late else mock.patch.object(Flight, "travels", False)
+        with by_all_to_all() if variant.own_all_to_all else nullcontext(), late:
             stats = self.engine.train_step([self.batches[-1]], 0.0).stats
         assert stats.rows_sent_L is not None and stats.compress_error_L is not None
         error = float(stats.compress_error_L.max())
