@@ -185,7 +185,9 @@ def _point(row: dict[str, str], where: str) -> Point | list[Problem]:
             continue
         least = "at least 0" if optional else "over 0"
         if not (0 < numbers[name] < math.inf or (optional and numbers[name] == 0)):
-            problems.append(Problem(where, f"{name} is {row[name]}, but must be a finite number {least}"))
+            of_dense = (kind, name) == ("dense", "tokens")
+            hint = "; it counts all that the model has seen, dense_tokens may be empty" if of_dense else ""
+            problems.append(Problem(where, f"{name} is {row[name]}, but must be a finite number {least}{hint}"))
     if kind == "scratch" and numbers.get("dense_tokens", 0) > 0:
         problems.append(
             Problem(where, f"dense_tokens is {row['dense_tokens']}, but a model from scratch has none: leave it empty")
