@@ -16,14 +16,17 @@ from .. import __version__
 from ..moe.config import ModelConfig
 from ..moe.dispatch import Pieces
 from ..moe.errors import ConfigError, Problem, TopologyError
+from ..moe.experts import FfnKind
 from ..moe.model import Model
 from ..parallel.apply import compute_dtype
-from ..parallel.cost_model import ComputeFit, LinkFit, measure_contention, measure_experts, measure_links
+from ..parallel.cost_model import ComputeFit, LinkFit, measure_links
+from ..parallel.expert_costs import late_weights, measure_contention, measure_experts
 from ..parallel.gradient_placement import LayerGaps, Placement, gap_between, place_gradients
 from ..parallel.mesh import Mesh, build_mesh, find_nodes
 from ..parallel.nodes import NodeMap, two_levels
 from ..parallel.plan import LayerPlan, ModelSummary, Plan, fingerprint, layer_work
 from ..parallel.schedule import MOST_CHUNKS, Choice, Costs, LayerWork, best_chunks, simulate
+from ..parallel.sharding import WHOLE
 from ..parallel.topology import Topology
 from .layout import check_topology
 from .plan_text import size_text
@@ -183,7 +186,10 @@ def measure(config: RunConfig, mesh: Mesh, nodes: NodeMap | None, measure_s: flo
         return Measured(Plan(__version__, made_of, model, tuple(LayerPlan(layer, Pieces()) for layer in model.layers), {}))
     links = measure_links(mesh, 0.6 * measure_s)
     experts, contention = _measure_work(config, model, mesh, links["flat"], 0.4 * measure_s)
-    costs = Costs(experts[0].model, experts[1].model, contention)
+    moe, dtype = config.model.moe, compute_dtype(config.train.precision)
+    assert moe is not None
+    late = late_weights(moe.kernels, FfnKind.of(config.model), dtype, mesh.device)
+    costs = Costs(experts[0].model, experts[1].model, contention, late)
     work = model.work({name: fit.model for name, fit in links.items()})
     choice = best_chunks(work, costs)
     best, whole = choice.best, choice.way(1)
@@ -239,10 +245,11 @@ def _measure_work(
     rows = max(FEW_ROWS * MOST_CHUNKS, load.tokens * load.top_k * load.etp)
     shape = (load.num_experts // load.ep, load.dim, load.expert_dim // load.etp)
     kind: dict[str, Any] = {"dtype": compute_dtype(config.train.precision), "kernels": moe.kernels}
+    kind["kind"] = FfnKind.of(config.model)
     pieces = [max(FEW_ROWS, rows // r) for r in (1, 2, 4, MOST_CHUNKS)]
     experts = measure_experts(*shape, pieces, device=mesh.device, group=mesh.world_group, budget_s=budget_s / 2, **kind)
     # an exchange as long as the computation shows most, if it stays within what was measured
-    size = min(flat.model.fits(experts[0].model.seconds(6.0 * load.dim * shape[2] * rows)), flat.samples[-1][0])
+    size = min(flat.model.fits(experts[0].model.seconds(2.0 * load.matrices * load.dim * shape[2] * rows)), flat.samples[-1][0])
     size = int(max(size, flat.samples[0][0]))
     return experts, measure_contention(mesh, size, *shape, rows, budget_s=budget_s / 2, **kind)
 
@@ -291,12 +298,14 @@ def _placed(
 def rest_seconds(config: RunConfig, model: ModelSummary, costs: Costs) -> list[float]:
     """Backward of each block without its MoE layer: twice the products with weights and the two of causal attention; all of these
     once more where they are recomputed."""
-    width = config.model.num_heads * config.model.resolved_head_dim
+    m = config.model
+    width = m.attention_experts * m.num_heads * m.resolved_head_dim
+    seen = min(config.data.seq_len, m.sliding_window or config.data.seq_len)
     passes = 3 if config.parallel.recompute == "selective" else 2
     found = []
     for parameters in _parameters(config.model)[0]:
         values = sum(n for name, n in parameters.items() if not name.startswith("moe."))
-        forward = model.load.tokens * (2.0 * values + 2.0 * config.data.seq_len * width)
+        forward = model.load.tokens * (2.0 * values + 2.0 * seen * width)
         found.append(costs.backward.seconds(passes * forward))
     return found
 
@@ -317,7 +326,9 @@ def gradient_bytes(config: ModelConfig, topology: Topology) -> GradientBytes:
     other = 4.0 * (t.dp > 1) / t.tp / (t.dp_shard if t.dp_replicate > 1 else 1)
     blocks, outside = _parameters(config)
     found = []
-    for parameters in blocks:
+    for named in blocks:
+        # what is whole on every rank is summed after backward
+        parameters = {name: n for name, n in named.items() if not name.endswith(WHOLE)}
         experts = sum(n for name, n in parameters.items() if ".experts." in f".{name}")
         found.append((expert * experts, other * (sum(parameters.values()) - experts)))
     return GradientBytes(tuple(found), other * outside)

@@ -1,4 +1,5 @@
-"""What exchanges between ranks and the experts' products cost on this cluster: small models, fitted to measurements.
+"""What exchanges between ranks and the experts' products cost on this cluster: small models, fitted to measurements. Links are
+measured here, products in `expert_costs`.
 
 A link is T(m) = alpha + max(0, m - bucket) beta for m bytes that leave one rank. Without the bucket, the part of a message that
 costs nothing beyond the first byte, a straight line is far off for small messages. Products are T(n) = alpha + s n for n
@@ -19,11 +20,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from ..kernels.backend import Backend
-from ..kernels.moe_mlp import moe_mlp
 from .collectives import all_reduce, reduce_scatter_dim
 from .mesh import Mesh
-from .transfer import Transfer, exchange_rows
+from .transfer import exchange_rows
 
 Times = Sequence[tuple[float, Sequence[float]]]
 """(size, seconds of each repetition) of every size that was measured."""
@@ -196,7 +195,7 @@ def measure_links(mesh: Mesh, budget_s: float = 3.0, sizes: Sequence[int] = SIZE
     fits = {}
     for index, (name, (what, group)) in enumerate(jobs.items()):
         start_s = time.perf_counter()
-        watch = _Watch(mesh.world_group, mesh.device)
+        watch = Watch(mesh.world_group, mesh.device)
         ranks = dist.get_world_size(group)
         make = functools.partial(_exchange, what, group, mesh.device)
         times = _sweep(make, sizes, budget_s / (len(jobs) - index), watch)
@@ -221,12 +220,12 @@ def _exchange(what: str, group: dist.ProcessGroup, device: torch.device, size: i
         x = torch.zeros(max(1, size // 4 // ranks) * ranks, device=device)
         run = (lambda: reduce_scatter_dim(x, 0, group)) if what == "reduce_scatter" else (lambda: all_reduce(x, group))
         return x.numel() * 4, run
-    rows = _to_peers(group, size)
+    rows = to_peers(group, size)
     x_RD = torch.ones(sum(rows), ROW, device=device)
     return x_RD.numel() * 4, lambda: exchange_rows(x_RD, rows, rows, group)
 
 
-def _to_peers(group: dist.ProcessGroup, size: int) -> list[int]:
+def to_peers(group: dist.ProcessGroup, size: int) -> list[int]:
     """Rows of the measurement to each rank of the group, alike and none to this one, about `size` bytes together."""
     ranks = dist.get_world_size(group)
     rows = [max(1, round(size / (4 * ROW) / (ranks - 1)))] * ranks
@@ -234,112 +233,7 @@ def _to_peers(group: dist.ProcessGroup, size: int) -> list[int]:
     return rows
 
 
-def _evenly(rows: int, num_experts: int, device: torch.device) -> torch.Tensor:
-    """Row counts [E] that differ by at most one."""
-    return torch.tensor([rows // num_experts + (e < rows % num_experts) for e in range(num_experts)], device=device)
-
-
-def measure_experts(
-    num_experts: int,
-    dim: int,
-    expert_dim: int,
-    rows: Sequence[int],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    kernels: Backend = "auto",
-    group: dist.ProcessGroup | None = None,
-    budget_s: float = 1.0,
-) -> tuple[ComputeFit, ComputeFit]:
-    """Time forward and backward of the experts of one rank on evenly spread rows; collective where there is a `group`.
-
-    Args:
-        num_experts, expert_dim: those of this rank. rows: row counts to measure, all experts together; at least two.
-        group: ranks that compute at the same time; the slowest one counts.
-
-    Returns:
-        Models by operations: 6 dim expert_dim for a row forward, twice that backward.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * dim**-0.5).to(device, dtype).requires_grad_()
-
-    w13_E2FD, w2_EDF = normal(num_experts, 2, expert_dim, dim), normal(num_experts, dim, expert_dim)
-    watch = _Watch(group, device)
-    forward: list[tuple[float, list[float]]] = []
-    backward: list[tuple[float, list[float]]] = []
-    for index, count in enumerate(sorted(set(rows))):
-        x_RD = normal(count, dim)
-        counts_E = _evenly(count, num_experts, device)
-        share_s = budget_s / len(set(rows))
-        flops = 6.0 * dim * expert_dim * count
-
-        def there(x_RD: torch.Tensor = x_RD, counts_E: torch.Tensor = counts_E) -> torch.Tensor:
-            return moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E, kernels)
-
-        y_RD = there()
-
-        def and_back(y_RD: torch.Tensor = y_RD) -> None:
-            y_RD.backward(torch.ones_like(y_RD), retain_graph=True)
-
-        for run, found, work in ((there, forward, flops), (and_back, backward, 2 * flops)):
-            watch.times(run, 1 + (index == 0))  # memory, threads and compilation are not the experts' cost
-            once_s = watch.times(run, 1)[0]
-            found.append((work, watch.times(run, _repeats(share_s / 2, once_s))))
-    return fit_compute(forward), fit_compute(backward)
-
-
-def contention(exchange_s: float, compute_s: float, both_s: float) -> float:
-    """How much slower exchange and computation run while both do, from their times alone and started together.
-
-    1 = they do not disturb each other (the longer one is all there is), 2 = nothing is gained for equal times. Where ranks
-    share cores with their transport it lies between.
-    """
-    return max(1.0, 1 + (both_s - max(exchange_s, compute_s)) / min(exchange_s, compute_s))
-
-
-def measure_contention(
-    mesh: Mesh,
-    size: int,
-    num_experts: int,
-    dim: int,
-    expert_dim: int,
-    rows: int,
-    *,
-    dtype: torch.dtype,
-    kernels: Backend = "auto",
-    budget_s: float = 1.0,
-) -> float:
-    """`contention` of an exchange of `size` bytes over the flat group and the experts' forward on `rows` rows. Collective."""
-    group, device = mesh.ep_etp_group, mesh.device
-    watch = _Watch(mesh.world_group, device)
-    split = _to_peers(group, size)
-    sent_RD = torch.ones(sum(split), ROW, device=device)
-    w13_E2FD = torch.full((num_experts, 2, expert_dim, dim), dim**-0.5, dtype=dtype, device=device)
-    w2_EDF = torch.full((num_experts, dim, expert_dim), dim**-0.5, dtype=dtype, device=device)
-    x_RD = torch.ones(rows, dim, dtype=dtype, device=device)
-    counts_E = _evenly(rows, num_experts, device)
-
-    def compute() -> object:
-        return moe_mlp(x_RD, w13_E2FD, w2_EDF, counts_E, kernels)
-
-    def both() -> object:
-        transfer = Transfer(split, split, group)
-        arriving_RD = transfer.start(sent_RD)
-        compute()
-        return transfer.finish(arriving_RD)
-
-    fastest_s = []
-    with torch.no_grad():
-        for run in (lambda: exchange_rows(sent_RD, split, split, group), compute, both):
-            once_s = watch.times(run, 1)[0]
-            # not medians: a difference of times that something else has lengthened says nothing
-            fastest_s.append(min(watch.times(run, _repeats(budget_s / 3 - once_s, once_s))))
-    return contention(*fastest_s)
-
-
-class _Watch:
+class Watch:
     """Times that all ranks of a group agree on: started together, and as the slowest of them saw them. Without a group, alone."""
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device):
@@ -374,12 +268,13 @@ class _Watch:
         return slowest
 
 
-def _repeats(share_s: float, once_s: float) -> int:
+def repeats(share_s: float, once_s: float) -> int:
+    """How often to repeat what took so long once, for a share of the time."""
     return max(MIN_REPEATS, min(MAX_REPEATS, int(share_s / max(once_s, 1e-9))))
 
 
 def _sweep(
-    make: Callable[[int], tuple[float, Callable[[], object]]], sizes: Sequence[int], budget_s: float, watch: _Watch
+    make: Callable[[int], tuple[float, Callable[[], object]]], sizes: Sequence[int], budget_s: float, watch: Watch
 ) -> list[tuple[float, list[float]]]:
     """Measurements of ascending sizes; every rank stops at the same one, as only agreed times decide."""
     found: list[tuple[float, list[float]]] = []
@@ -395,6 +290,6 @@ def _sweep(
             continue  # many ranks: each gets at least one row
         watch.times(run, 1)
         once_s = watch.times(run, 1)[0]
-        found.append((actual, watch.times(run, _repeats(left_s / (len(sizes) - index), once_s))))
+        found.append((actual, watch.times(run, repeats(left_s / (len(sizes) - index), once_s))))
         left_s -= watch.slowest(time.perf_counter() - begin_s)
     return found

@@ -11,8 +11,9 @@ ready:
 * "rest": all exchanges of the layer have been waited for; attention and the dense blocks below it come next, up to the exchange
   of the next MoE layer.
 
-In a window as many bytes are started as it has been given (`WindowBytes`), or all of the queue; what is left is started
-when backward has ended. Everything is waited for there, before anybody reads a gradient.
+In a window as many bytes are started as it has been given (`WindowBytes`), or all of the queue; then also above the first MoE
+layer of backward, where no rows have travelled yet. What is left is started when backward has ended. Everything is waited for
+there, before anybody reads a gradient.
 
 What is summed: gradients over the shards (reduce-scatter), or, with replicas (hybrid sharding), what has been scattered over the
 replicas (all-reduce): shards are then meant to be close, so that their scatter stays where FSDP has it. FSDP of its own reads
@@ -41,7 +42,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..moe.layer import MoELayer
 from ..moe.model import Model
 from .gradient_placement import Window, WindowBytes
-from .mesh import Mesh, own_group
+from .mesh import Mesh
 from .recorder import CommRecorder, Probe, Span, probe_for, waited
 from .recorder_fsdp import sharded_units
 from .sharding import ShardedParameter
@@ -125,7 +126,7 @@ class GradientWindows:
         replicated = {axis for axis in ("dp", "edp") if getattr(topology, f"{axis}_replicate") > 1}
         kinds = {axis: f"{axis}_replicate" if axis in replicated else f"{axis}_shard" for axis in ("dp", "edp")}
         several = [kind for kind in kinds.values() if getattr(topology, kind) > 1]
-        groups = {kind: own_group(topology.groups(kind), mesh.rank, mesh.timeout_s) for kind in several}
+        groups = {kind: mesh.sum_group(kind) for kind in several}
         for module, axis, layer in sharded_units(model):
             kind = kinds[axis]
             if kind not in groups:
@@ -203,7 +204,9 @@ class GradientWindows:
         for parameter in earlier:
             # FSDP would add to it what is not summed yet
             parameter.grad = None
-        self.deferring, self.last, self._at, self._left = True, last, None, EVERYTHING
+        self.deferring, self.last, self._at = True, last, None
+        # what is given is given to windows, and none has opened
+        self._left = EVERYTHING if self.given is None else 0
         try:
             yield
             self._finish(earlier)
@@ -265,7 +268,10 @@ class GradientWindows:
             self._launch()
 
     def _let_go(self) -> None:
-        """Free what has ended. Ranks may differ in it: it starts nothing."""
+        """Free what has ended. Ranks may differ in it: it starts nothing.
+
+        On gloo, scatters do not say that they have ended before somebody waits: there all are kept until backward has ended.
+        """
         going = []
         for one in self._under_way:
             if one.work.is_completed():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -49,10 +49,17 @@ class Mesh:
     ep_etp_group: dist.ProcessGroup
     by_node: NodeGroups | None = None
     timeout_s: float = 600.0
+    _for_sums: dict[str, dist.ProcessGroup] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
         return self.dense.get_group("tp")
+
+    def sum_group(self, kind: str) -> dist.ProcessGroup:
+        """A group of the ranks of such an axis for sums of gradients alone, made when it is first asked for. Collective."""
+        if kind not in self._for_sums:
+            self._for_sums[kind] = own_group(self.topology.groups(kind), self.rank, self.timeout_s)
+        return self._for_sums[kind]
 
     def data_mesh(self, expert: bool, replicas: bool = True) -> DeviceMesh:
         """The mesh that parameters are sharded over: 1-D, or (replicate, shard) with replicas, unless these are left out."""

@@ -318,6 +318,6 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
             return tuple(_typed(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
         return float(value)
-    if hint in (int, str) and type(value) is hint:
+    if hint in (int, str, bool) and type(value) is hint:
         return value
     raise _WrongValueError(f"{name} is {value!r}, which it cannot be")

@@ -178,7 +178,8 @@ class LayerWork:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the experts, forward by operations and backward by twice as many, and `contention` with the links.
+    """Of the experts, forward by operations and backward by twice as many, and `contention` with the links. late: whether the
+    second half of backward, for weights, is computed while the rows' gradients travel.
 
     The shared experts are taken to be as fast for their operations.
     """
@@ -186,6 +187,7 @@ class Costs:
     forward: ComputeModel
     backward: ComputeModel
     contention: float = 1.0
+    late: bool = True
 
 
 class _Thread:
@@ -216,8 +218,8 @@ def layer_ops(work: LayerWork, costs: Costs, chunks: int | Pieces, *, backward: 
     for all units, those of an inner one before each.
 
     Backward is the mirror image, from the last unit to the first, without counts: gradients start on the way back, take inner
-    hops, experts, inner hops, and start on the way there. Experts take twice the operations: those for rows before, those for
-    weights when the rows' gradients have been started. The shared experts' backward comes then.
+    hops, experts, inner hops, and start on the way there. Experts take twice the operations: those for rows before that, those
+    for weights after it if they come late. The shared experts' backward comes then.
 
     Raises:
         ValueError: fewer than one piece.
@@ -253,7 +255,7 @@ def layer_ops(work: LayerWork, costs: Costs, chunks: int | Pieces, *, backward: 
             count(hop, f"counts {unit} ({depth})")
             thread.run(f"{there} {unit} ({depth})", hop.resource, hop.seconds(there, ways.units), _mark(unit))
         experts_s = model.seconds(factor * work.flops / ways.units)
-        late_s = experts_s / 2 if backward and outer else 0.0
+        late_s = experts_s / 2 if backward and outer and costs.late else 0.0
         thread.run(f"experts {unit}", "compute", experts_s - late_s, _mark(unit))
         for depth, hop in reversed(list(enumerate(inner, 1))):
             thread.run(f"{back} {unit} ({depth})", hop.resource, hop.seconds(back, ways.units), _mark(unit))

@@ -19,7 +19,7 @@ so that whatever has no formula here, the base's remainder, is carried over as i
   alone. optimizer: the base's, by the parameters that a rank updates.
 
 What is not predicted: other shapes of dense products under another tp (their work per rank stays the same), memory, and how much
-of sharding's communication a GPU would hide.
+of sharding's communication a GPU or `parallel.gradient_windows` would hide: steps are profiled with sums where FSDP has them.
 
 Uncertainty is one standard deviation: that of the base's measured median, and of each part its error (of the fit, or of repeated
 measurements) times as much as the part changes. Errors of parts are taken as independent.
@@ -61,6 +61,7 @@ class Folding:
     sharding: Measured
     parameters: int
     packed_row_bytes: int
+    late: bool = True
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ def _costs(folding: Folding, factor: float) -> Costs:
         ComputeModel(factor * forward.alpha_s, factor * forward.s_per_flop),
         ComputeModel(factor * backward.alpha_s, factor * backward.s_per_flop),
         folding.contention,
+        folding.late,
     )
 
 
@@ -201,9 +203,9 @@ def calibrate(base: Base, folding: Folding, volumes: Sequence[Volume]) -> Calibr
 
 def _solved(measured_s: float, modelled_s: Callable[[float], float]) -> float:
     """The factor by which the model gives what was measured. Not in proportion: a part is hidden, and the rest grows faster."""
-    if min(measured_s, modelled_s(1.0)) < LEAST_S:
-        return 1.0
     low, high = FACTORS
+    if min(measured_s, modelled_s(high)) < LEAST_S:
+        return 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if modelled_s(middle) < measured_s else (low, middle)

@@ -122,6 +122,7 @@ FLAT, HIERARCHICAL, EVERYTHING, DEEPSPEED = "flat", "hierarchical", "hierarchica
 DEEPSPEED_RECEIVING, DEEPSPEED_DROPPING = "DeepSpeed-MoE, receive first", "DeepSpeed-MoE, capacity 1.25"
 VARIANTS = (
     Variant(name=FLAT, dispatcher="all_to_all", late=False),
+    Variant(name="flat, late", dispatcher="all_to_all"),
     Variant(name="flat, gloo all-to-all", dispatcher="all_to_all", own_all_to_all=True, late=False),
     Variant(name="flat, LSH", dispatcher="all_to_all", compressed=True),
     Variant(name=HIERARCHICAL, dispatcher="hierarchical", late=False),

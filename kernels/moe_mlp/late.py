@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 Grads = tuple[Tensor | None, ...]
+WITH_LATE = ("loop", "triton")
+"""Implementations of the experts that put gradients off; others compute all of them together."""
 
 
 class LateGradients:

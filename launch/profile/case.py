@@ -150,7 +150,6 @@ class Case:
         model, train = way.model(self.config.model), self.config.train
         recorder = CommRecorder(mesh.rank, self.device)
         settings = {"precision": train.precision, "recompute": self.config.parallel.recompute, "seed": train.seed}
-        settings |= {"gradient_windows": self.config.parallel.gradient_windows}
         return Engine(model, mesh, pieces=way.pieces, recorder=recorder, **settings)  # type: ignore[arg-type]
 
     def batches(self, mesh: Mesh) -> list[MicroBatch]:

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from ...moe.errors import ConfigError
+from ...moe.experts import FfnKind
 from ...parallel.apply import build_dispatcher, compute_dtype
-from ...parallel.cost_model import ComputeModel, LinkFit, measure_contention, measure_experts, measure_links
+from ...parallel.cost_model import ComputeModel, LinkFit, measure_links
 from ...parallel.engine import Engine
+from ...parallel.expert_costs import late_weights, measure_contention, measure_experts
 from ...parallel.forced_routing import choices_of
 from ...parallel.plan import ModelSummary
 from ...parallel.step_costs import (
@@ -179,7 +181,8 @@ def measure_folding(
     load = replace(summary.load, row_bytes=config.model.dim * dtype.itemsize)
     rows = max(FEW_ROWS * 16, tokens * load.top_k * load.etp)
     shape = (load.num_experts // topology.ep, load.dim, load.expert_dim // topology.etp)
-    kind: dict[str, Any] = {"dtype": dtype, "kernels": config.model.moe.kernels}
+    network = FfnKind.of(config.model)
+    kind: dict[str, Any] = {"dtype": dtype, "kernels": config.model.moe.kernels, "kind": network}
     sizes = [max(FEW_ROWS, rows // n) for n in (16, 4, 2, 1)]
     experts = measure_experts(*shape, sizes, device=mesh.device, group=mesh.world_group, budget_s=0.3 * budget_s, **kind)
     # up to what is exchanged at once: the rates of small messages say little of large ones where links have buffers
@@ -190,12 +193,13 @@ def measure_folding(
         contention = 1.0
         if "flat" in links:
             most = MOST_TIMES if mesh.device.type == "cpu" else 1
-            size, many = side_by_side(rows, 6.0 * load.dim * shape[2], links["flat"], experts[0].model, most)
+            size, many = side_by_side(rows, 2.0 * load.matrices * load.dim * shape[2], links["flat"], experts[0].model, most)
             contention = measure_contention(mesh, size, *shape, many, budget_s=0.2 * budget_s, **kind)
     calls = sharding_calls(config.model, mesh, tokens=tokens * topology.tp, micros=case.micros, value_bytes=dtype.itemsize)
     sharding, parameters = measure_calls(calls, mesh), parameters_of(config.model, mesh)
     packed = replace(config.model.moe.compress, wire="int8").row_bytes(config.model.dim, dtype.itemsize)
-    return Folding(load, links, experts, contention, sharding, parameters, packed)
+    late = late_weights(config.model.moe.kernels, network, dtype, mesh.device)
+    return Folding(load, links, experts, contention, sharding, parameters, packed, late)
 
 
 def side_by_side(rows: int, row_flops: float, flat: LinkFit, forward: ComputeModel, most: int) -> tuple[int, int]:

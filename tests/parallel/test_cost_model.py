@@ -19,13 +19,11 @@ from moefold.parallel.cost_model import (
     ComputeModel,
     LinkFit,
     LinkModel,
-    contention,
     fit_compute,
     fit_link,
-    measure_contention,
-    measure_experts,
     measure_links,
 )
+from moefold.parallel.expert_costs import contention, measure_contention, measure_experts
 from moefold.parallel.mesh import build_mesh
 from moefold.parallel.nodes import NodeMap
 from moefold.parallel.topology import Topology
