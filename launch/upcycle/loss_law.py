@@ -82,9 +82,14 @@ class Law:
         """Of tokens: the loss above the floor falls with tokens to the power of minus this."""
         return self.a2 - self.a3 * math.log(dense_tokens)
 
+    def power(self, dense_tokens: float) -> tuple[float, float]:
+        """s and b of the loss above the floor at some D1, exp(s) D2^-b."""
+        return self.log_scale - self.a1 * math.log(dense_tokens), self.exponent(dense_tokens)
+
     def loss(self, dense_tokens: float, tokens: float) -> float:
         """At D1, D2; infinite where that is beyond float64."""
-        power = self.log_scale - self.a1 * math.log(dense_tokens) - self.exponent(dense_tokens) * math.log(tokens)
+        log_scale, exponent = self.power(dense_tokens)
+        power = log_scale - exponent * math.log(tokens)
         return self.floor + (math.exp(power) if power < 700 else math.inf)
 
 
@@ -111,11 +116,12 @@ class Fitted:
 
     def to_dict(self) -> dict[str, Any]:
         names = ("log_scale", "a1", "a2", "a3", "floor") if self.kind == "upcycle" else ("log_scale", "a2", "floor")
-        found = {name: {"value": getattr(self.law, name), "error": self._error(name)} for name in names}
+        found = {name: {"value": getattr(self.law, name), "error": self.error(name)} for name in names}
         facts: dict[str, Any] = {"points": len(self.points), "rms_percent": 100 * self.rms, "largest_percent": 100 * self.largest}
         return facts | {"coefficients": found}
 
-    def _error(self, name: str) -> float:
+    def error(self, name: str) -> float:
+        """Standard error of a coefficient, by the jackknife."""
         return jackknife([getattr(law, name) for law in self.without])
 
     @property
@@ -124,7 +130,7 @@ class Fitted:
         law = self.law
         shape = f"D^-{law.a2:.3g}" if self.kind != "upcycle" else f"D1^-{law.a1:.3g} D2^(-{law.a2:.3g} + {law.a3:.3g} log D1)"
         fit = f"{len(self.points)} points, off by {100 * self.rms:.2g} % (RMS), {100 * self.largest:.2g} % at most"
-        return f"exp({law.log_scale:.3g}) {shape} + {law.floor:.3g} (+- {self._error('floor'):.2g}); {fit}"
+        return f"exp({law.log_scale:.3g}) {shape} + {law.floor:.3g} (+- {self.error('floor'):.2g}); {fit}"
 
 
 def jackknife(values: Sequence[float]) -> float:
@@ -149,17 +155,23 @@ def read_points(path: str | Path) -> tuple[Point, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([Problem("--losses", f"{path} cannot be read: {error}")]) from error
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
-    cells = [[cell.strip() for cell in row] for row in csv.reader(line for _, line in rows)]
-    if not cells:
+    if not rows:
         raise ConfigError([Problem(str(path), f"is empty; it needs the columns {','.join(COLUMNS)}")])
-    header, problems, points = cells[0], list[Problem](), list[Point]()
+    problems, points = list[Problem](), list[Point]()
+    header = _cells(rows[0][1], f"{path}:{rows[0][0]}")
+    if isinstance(header, Problem):
+        raise ConfigError([header])
     twice = [name for name in COLUMNS if header.count(name) > 1]
     absent = [name for name in COLUMNS if name not in header]
     problems += [Problem(f"{path}:{rows[0][0]}", f"has the column {name} more than once; keep one") for name in twice]
     problems += [Problem(f"{path}:{rows[0][0]}", f"has no column {name}; needed are {','.join(COLUMNS)}") for name in absent]
     raise_if(problems)
-    for (number, _), row in zip(rows[1:], cells[1:], strict=True):
+    for number, line in rows[1:]:
         where = f"{path}:{number}"
+        row = _cells(line, where)
+        if isinstance(row, Problem):
+            problems.append(row)
+            continue
         if len(row) != len(header):
             problems.append(Problem(where, f"has {len(row)} cells, but the header {len(header)}"))
             continue
@@ -170,6 +182,15 @@ def read_points(path: str | Path) -> tuple[Point, ...]:
             problems += found
     raise_if(problems)
     return tuple(points)
+
+
+def _cells(line: str, where: str) -> list[str] | Problem:
+    """Of one line, which is read by itself: a quote that is left open would swallow the lines after it."""
+    try:
+        return [cell.strip() for row in csv.reader([line], strict=True) for cell in row]
+    except csv.Error as error:
+        hint = "; a quoted cell must end on the line it begins on" if '"' in line else ""
+        return Problem(where, f"is no line of CSV ({error}){hint}")
 
 
 def _point(row: dict[str, str], where: str) -> Point | list[Problem]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moefold.launch.console import human
 from moefold.launch.upcycle.advise import NO_LAW, advise
-from moefold.launch.upcycle.forecast import Crossover, Forecast, forecast
-from moefold.launch.upcycle.loss_law import Estimate, Kind, Law, Point, fit, jackknife, read_points
+from moefold.launch.upcycle.forecast import Crossover, Forecast, Turn, find_crossover, forecast
+from moefold.launch.upcycle.loss_law import Estimate, Fitted, Kind, Law, Point, fit, jackknife, read_points
 from moefold.moe.config import ModelConfig
 from moefold.moe.errors import ConfigError
 from moefold.moe.hf.families import FAMILIES
@@ -112,12 +114,15 @@ def test_any_law_is_found_and_the_unit_of_tokens_does_not_matter(
 def test_the_crossover_is_where_both_laws_meet() -> None:
     made = forecast("x", points(), dense_tokens=4e10, tokens=2e10, continued_tokens=5e10)
     assert made.crossover is not None
-    t = made.crossover.tokens
+    (turn,) = made.crossover.turns
+    t = turn.tokens
+    assert "from scratch overtakes at " in made.crossover.text and turn.to == "scratch"
     assert UPCYCLE.loss(4e10, t) == pytest.approx(SCRATCH.loss(1.0, t), rel=1e-4)
     assert UPCYCLE.loss(4e10, t / 2) < SCRATCH.loss(1.0, t / 2) and UPCYCLE.loss(4e10, t * 2) > SCRATCH.loss(1.0, t * 2)
-    assert made.crossover.times == pytest.approx(1, abs=1e-3)
+    assert turn.times == pytest.approx(1, abs=1e-3)
     noisy = forecast("x", points(noise=0.003), dense_tokens=4e10, tokens=2e10, continued_tokens=5e10).crossover
-    assert noisy is not None and noisy.times > 1.02 and abs(math.log(noisy.tokens / t)) < 4 * math.log(noisy.times)
+    assert noisy is not None and len(noisy.turns) == 1
+    assert noisy.turns[0].times > 1.02 and abs(math.log(noisy.turns[0].tokens / t)) < 4 * math.log(noisy.turns[0].times)
     never = forecast(
         "x", points(laws={**LAWS, "scratch": Law(4.7, 0, 0.19, 0, 3.0)}), dense_tokens=4e10, tokens=2e10, continued_tokens=5e10
     )
@@ -126,8 +131,120 @@ def test_the_crossover_is_where_both_laws_meet() -> None:
     )
     assert never.crossover is not None and "is never ahead, up to" in never.crossover.text and never.verdict == "upcycle"
     assert always.crossover is not None and "is ahead everywhere" in always.crossover.text and always.verdict == "scratch"
-    assert json.loads(json.dumps(never.to_dict()))["crossover"]["tokens"] is None
-    assert "3.5 times beyond the measured range" in Crossover(1e12, 1.2, 3.5, (1, 2)).text
+    told = json.loads(json.dumps(never.to_dict()))["crossover"]
+    assert (told["found"], told["tokens"], told["direction"], told["first"]) == (False, None, None, "upcycle")
+    far = Crossover("upcycle", (Turn("scratch", 1e12, 1.2, 3.5),), (1, 2))
+    assert "3.5 times beyond the measured range" in far.text
+    assert "rests on single points" in Crossover("upcycle", (Turn("scratch", 1e12, math.inf, 1),), (1, 2)).text
+
+
+def exactly(kind: Kind, law: Law) -> Fitted:
+    """A law as if fitted without any error, to points of 1e9 to 1e12 tokens."""
+    at = (1e9, 3e9, 1e10, 3e10, 1e11, 3e11, 1e12)
+    found = tuple(Point(kind, 1e10 if kind == "upcycle" else 0, t, law.loss(1e10, t), "x") for t in at)
+    return Fitted(kind, found, law, (law,) * len(found), 0.0, 0.0)
+
+
+def compare(upcycled: Law, scratch: Law, tokens: float) -> Forecast:
+    """At 1e10 dense tokens."""
+    fits: dict[Kind, Fitted] = {"upcycle": exactly("upcycle", upcycled), "scratch": exactly("scratch", scratch)}
+    losses = {kind: fitted.predict(1e10 if kind == "upcycle" else 1.0, tokens) for kind, fitted in fits.items()}
+    crossover = find_crossover(fits["upcycle"], fits["scratch"], dense_tokens=1e10, tokens=tokens)
+    return Forecast(path="x", fits=fits, losses=losses, crossover=crossover, dense_tokens=1e10)
+
+
+def through(excess: float, exponent: float, floor: float) -> Law:
+    """Of one variable; excess: of the loss over the floor at 3e10 tokens."""
+    return Law(math.log(excess) + exponent * math.log(3e10), 0.0, exponent, 0.0, floor)
+
+
+PHRASES = {
+    "from scratch is never ahead, up to ": ["upcycle"],
+    "from scratch is ahead everywhere, from ": ["scratch"],
+    "from scratch overtakes at ": ["upcycle", "scratch"],
+    "from scratch is ahead up to ": ["scratch", "upcycle"],
+    "from scratch is ahead from ": ["upcycle", "scratch", "upcycle"],
+    "upcycled is ahead from ": ["scratch", "upcycle", "scratch"],
+}
+
+
+@given(
+    excesses=st.tuples(st.floats(0.05, 3.0), st.floats(0.05, 3.0)),
+    exponents=st.tuples(st.floats(-0.1, 0.8), st.floats(-0.1, 0.8)),
+    floors=st.tuples(st.sampled_from((1.5, 1.6, 1.7)), st.floats(1.5, 1.7)),
+    tokens=st.floats(2, 19).map(lambda x: 10.0**x),
+)
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_the_crossover_never_contradicts_the_laws_or_the_verdict(
+    excesses: tuple[float, float], exponents: tuple[float, float], floors: tuple[float, float], tokens: float
+) -> None:
+    upcycled, scratch = (through(*law) for law in zip(excesses, exponents, floors, strict=True))
+    made = compare(upcycled, scratch, tokens)
+    assert made.crossover is not None
+    told = json.loads(json.dumps(made.crossover.to_dict()))
+    (leaders,) = (leaders for phrase, leaders in PHRASES.items() if told["line"].startswith(phrase))
+    turns = [turn["tokens"] for turn in told["turns"]]
+    assert [told["first"], *(turn["to"] for turn in told["turns"])] == leaders and turns == sorted(turns)
+    assert (told["found"], told["direction"]) == (bool(turns), leaders[-1] if turns else None)
+    assert told["tokens"] == (turns[-1] if turns else None) and all(human(turn) in told["line"] for turn in turns)
+    for place in [tokens, *map(float, np.geomspace(*made.crossover.looked, 60))]:
+        gap = scratch.loss(1.0, place) - upcycled.loss(1e10, place)
+        if abs(gap) > 1e-9:
+            assert leaders[sum(turn < place for turn in turns)] == ("upcycle" if gap > 0 else "scratch")
+    if made.verdict != "undecided" and abs(made.losses["scratch"].value - made.losses["upcycle"].value) > 1e-9:
+        assert made.verdict == leaders[sum(turn < tokens for turn in turns)]
+
+
+def test_the_crossover_in_every_order() -> None:
+    def text(upcycled: Law, scratch: Law) -> str:
+        crossover = compare(upcycled, scratch, 3e10).crossover
+        assert crossover is not None
+        return crossover.text
+
+    ahead_first = text(through(1.0, 0.4, 1.7), through(1.0, 0.2, 1.7))
+    assert ahead_first == "from scratch is ahead up to 30G tokens, upcycled after (times or divided by 1)"
+    assert text(through(1.0, 0.2, 1.7), through(1.0, 0.4, 1.7)) == "from scratch overtakes at 30G tokens (times or divided by 1)"
+    assert text(through(1.0, 0.2, 1.6), through(0.89, 0.4, 1.7)).startswith("from scratch is ahead from ")
+    assert text(through(0.89, 0.4, 1.7), through(1.0, 0.2, 1.6)).endswith(", from scratch before and after")
+    # both turns are between two places of a coarse search
+    close = compare(through(0.5, 0.4, 1.8), through(1.0, 0.2, 1.3 + 1e-7), 3e10).crossover
+    assert close is not None and [turn.to for turn in close.turns] == ["upcycle", "scratch"]
+    assert close.turns[1].tokens / close.turns[0].tokens < 1.02
+    # a turn that one point decides
+    fitted = exactly("scratch", through(1.0, 0.4, 1.7))
+    one = replace(fitted, without=(through(1.0, 0.4, 3.0), *fitted.without[1:]))
+    found = find_crossover(exactly("upcycle", through(1.0, 0.2, 1.7)), one, dense_tokens=1e10, tokens=3e10)
+    assert found.text == "from scratch overtakes at 30G tokens (which rests on single points)"
+    assert found.to_dict()["times"] is None
+    # an asked budget far outside is within what the sentence is about
+    assert find_crossover(fitted, fitted, dense_tokens=1, tokens=1e30).looked[1] == 1e30
+
+
+def test_an_interaction_or_a_rising_loss_is_told_as_it_is() -> None:
+    def notes(a3: float, off: float, upcycled: float = 0.2, scratch: float = 0.2) -> str:
+        law = replace(through(1.0, upcycled, 1.7), a2=upcycled + a3 * math.log(1e10), a3=a3)
+        made = compare(law, through(1.0, scratch, 1.7), 3e10)
+        # left-out values that alternate around a3 with this jackknife error
+        n = len(made.fits["upcycle"].without)
+        each = off / math.sqrt(n - 1) / math.sqrt((n - 1) / n)
+        laws = tuple(replace(law, a3=a3 + each * (0 if i == n - 1 else 1 - 2 * (i % 2))) for i in range(n))
+        return "\n".join(replace(made, fits={**made.fits, "upcycle": replace(made.fits["upcycle"], without=laws)}).notes())
+
+    assert "the less each counts, as was published" in notes(0.005, 0.0024)
+    assert "the more each counts, unlike what was published" in notes(-0.005, 0.0024)
+    for a3 in (0.005, -0.005):
+        text = notes(a3, 0.0026)
+        assert "published" not in text and f"do not show an interaction with the dense training ({a3:.2g} +- 0.0026)" in text
+    assert "out of its range" not in notes(0.005, 0.001)
+    assert "from scratch: by its law the loss does not fall with tokens: it is out of its range" in notes(0, 0, scratch=-0.01)
+    assert "upcycled after 10G dense tokens: by its law the loss does not fall" in notes(0, 0, upcycled=-0.01)
+    assert "to the power of -0.2 after 10G" in notes(0, 0) and "to the power of 0.01 after" in notes(0, 0, upcycled=-0.01)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = np.array([1.0, 2.0, 4.0, 9.0])
+    # deviations from the mean of 4: 9 + 4 + 0 + 25 = 38; s / sqrt(n) = sqrt(38 / 3) / 2
+    assert jackknife([float(np.delete(values, i).mean()) for i in range(4)]) == pytest.approx(math.sqrt(38 / 3) / 2)
 
 
 def test_verdicts_need_differences_that_are_certain() -> None:
@@ -187,6 +304,11 @@ HEAD = "kind,dense_tokens,tokens,loss\n"
         (HEAD + "scratch,,many,2\n", "p.csv:2: tokens is 'many', which is no number"),
         (HEAD + "scratch,5,1e9,2\n", "a model from scratch has none: leave it empty"),
         (HEAD + "dense,0,1e9\n", "p.csv:2: has 3 cells, but the header 4"),
+        (HEAD + 'dense,0,1e9,"2\ndense,0,2e9,2\n', "p.csv:2: is no line of CSV (unexpected end of data)"),
+        (HEAD + 'dense,0,1e9,"2"x\n', "p.csv:2: is no line of CSV (',' expected after '\"')"),
+        (HEAD[:-1] + ',run\ndense,0,1e9,2,"a\nb"\n', "p.csv:2: is no line of CSV (unexpected end of data)"),
+        (HEAD[:-1] + ',"run\ndense,0,1e9,2,a\n', "p.csv:1: is no line of CSV"),
+        (HEAD + "\ndense,0,1e9," + "9" * 131073 + "\n", "p.csv:3: is no line of CSV (field larger than field limit (131072))"),
     ],
 )
 def test_lines_that_cannot_be_used(text: str, says: str, tmp_path: Path) -> None:
