@@ -188,7 +188,7 @@ class _Writer(dcp.FileSystemWriter):
             prefix = f"__0_{number}_"
             name = f"{prefix}0{DEFAULT_SUFFIX}"
             note = self.earlier.get(name)
-            if note is None:
+            if note is None or len(note.places) != len(items):
                 note = self._write(replace(plan, items=items, storage_data=_StoragePrefix(prefix)), name)
             else:
                 self.resumed += sum(map(_nbytes, items))

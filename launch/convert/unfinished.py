@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from ...moe.errors import CheckpointError
 from ...moe.hf.journal import JOURNAL, Journal, sync_folder, write_durably
 from ...moe.hf.shards import Tensors, content_key
 from ..checkpoint import file_crc
@@ -37,10 +38,11 @@ class Note:
         try:
             value = json.loads(file.with_name(file.name + NOTE).read_text(encoding="utf-8"))
             found = cls(value["nbytes"], value["crc"], tuple((at, length) for at, length in value["places"]))
+            numbers = all(type(number) is int for place in found.places for number in place)
             whole = file.stat().st_size == found.nbytes and file_crc(file) == found.crc
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return found if whole else None
+        return found if whole and numbers else None
 
 
 def plan_hash(tensors: Tensors, facts: Mapping[str, object]) -> str:
@@ -54,8 +56,12 @@ def plan_hash(tensors: Tensors, facts: Mapping[str, object]) -> str:
 def begin(folder: Path, wanted: Journal, lock: str) -> dict[str, Note]:
     """Data files to go on from, by name; all else but the lock is removed. Begins the journal where there is none.
 
-    Raises CheckpointError where the folder was begun with other options or sources, or a source has changed since.
+    Raises CheckpointError where the folder was begun with other options or sources, or a source has changed since; where it
+    has a folder in it, which no import makes.
     """
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            raise CheckpointError(f"{path} is a folder, which no import makes: move it away to go on")
     found, notes = Journal.read(folder), dict[str, Note]()
     if found is not None:
         found.check(wanted, folder)

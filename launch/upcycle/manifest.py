@@ -39,13 +39,14 @@ from ...moe.hf.matrix import (
     WeightedSum,
 )
 from ...moe.hf.shards import Tensors
+from ...moe.hf.transposed import Transposed
 from ...moe.upcycle.choices import Picked, Renewed
 from ...moe.upcycle.options import UpcycleOptions
 from .progress import Told
 from .targets import Candidate
 
 SCHEMA = 1
-MOVED = (Rows, Cols, Picked, Stacked, Joined, Reshaped, RepeatRows, Padded)
+MOVED = (Rows, Cols, Picked, Stacked, Joined, Reshaped, RepeatRows, Padded, Transposed)
 """Matrices whose values are those of what they are made of, elsewhere."""
 
 

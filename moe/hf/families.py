@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError, Problem
+from .codec import FLOATS
 from .family import Family, Layout, NotHeldError, Runtime
 from .family_dense import Gemma, Llama, Mistral, Olmo2, Qwen2, Qwen3
 from .family_gpt2 import Gpt2
@@ -156,6 +157,9 @@ def _parts_of(
     folder: Path, name: str, tensor: Matrix, layout: Layout, shapes: Mapping[str, Shape], band: Band
 ) -> dict[str, Matrix]:
     """The parts in one tensor."""
+    if tensor.dtype not in FLOATS:
+        # of biases and our own tensors too, whose names do not tell files.py that they are weights
+        raise CheckpointError(f"{folder}: {name} is {tensor.dtype}, so it is quantised: use the checkpoint that it was made from")
     if tensor.shape != layout.shape:
         raise CheckpointError(f"{folder}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(layout.shape)}")
     if layout.transform == "one_plus":

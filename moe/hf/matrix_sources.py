@@ -17,6 +17,8 @@ from .matrix_base import Chunk, FileRange, Matrix
 
 SEGMENT_BYTES = 2048
 """Parts of rows that are at least this long are read one by one; shorter ones with all that lies between them."""
+WIDE_BYTES = 1 << 20
+"""About how much is read at a time of rows that only a part of is wanted of: it may be wanted of all the rows of a matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +39,19 @@ class Stored(Matrix):
     def block(self, start: int, stop: int, left: int, right: int, dtype: str) -> Array:
         item, cols, rows = item_bytes(self.dtype), self.cols, stop - start
         segment, row = (right - left) * item, cols * item
-        if segment < row and segment >= SEGMENT_BYTES:
-            raw = np.empty(rows * segment, np.uint8)
-            places = [self.offset + (start + i) * row + left * item for i in range(rows)]
-            self._read(raw, places, segment)
-            return convert(raw.view(carrier(self.dtype)).reshape(rows, right - left), self.dtype, dtype)
-        raw = np.empty(rows * row, np.uint8)
-        self._read(raw, [self.offset + start * row], rows * row)
-        return convert(raw.view(carrier(self.dtype)).reshape(rows, cols)[:, left:right], self.dtype, dtype)
+        raw = np.empty((rows, segment), np.uint8)
+        if segment == row:
+            self._read(raw.reshape(-1), [self.offset + start * row], rows * row)
+        elif segment >= SEGMENT_BYTES:
+            self._read(raw.reshape(-1), [self.offset + (start + i) * row + left * item for i in range(rows)], segment)
+        elif segment:
+            step = max(1, WIDE_BYTES // row)
+            for first in range(start, stop, step):
+                wide = np.empty((min(step, stop - first), row), np.uint8)
+                self._read(wide.reshape(-1), [self.offset + first * row], wide.size)
+                # copied: a view would keep all that was read for as long as somebody has the block
+                raw[first - start : first - start + len(wide)] = wide[:, left * item : right * item]
+        return convert(raw.reshape(-1).view(carrier(self.dtype)).reshape(rows, right - left), self.dtype, dtype)
 
     def _read(self, into: npt.NDArray[np.uint8], places: list[int], nbytes: int) -> None:
         """Read `nbytes` from each place. Never mapped into memory: mapped pages would count as memory of this process."""

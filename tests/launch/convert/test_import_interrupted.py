@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -103,13 +104,17 @@ def test_files_that_are_not_what_was_noted_are_written_again(place: tuple[Path, 
     partial = out.with_name("out.partial")
     assert in_child(lambda: run_import(source, out, killer(0.9))) == -signal.SIGKILL
     files = sorted(path for path in partial.iterdir() if path.name + unfinished.NOTE in {p.name for p in partial.iterdir()})
-    assert len(files) > 4
+    assert len(files) > 6
     changed = bytearray(files[0].read_bytes())
     changed[len(changed) // 2] ^= 1
     files[0].write_bytes(changed)
     files[1].write_bytes(files[1].read_bytes()[:-1])
     files[2].unlink()
     files[3].with_name(files[3].name + unfinished.NOTE).write_text("{")
+    for file, change in ((files[4], lambda places: places[:-1]), (files[5], lambda places: [["0", "1"] for _ in places])):
+        note = file.with_name(file.name + unfinished.NOTE)
+        value = json.loads(note.read_text())
+        note.write_text(json.dumps(value | {"places": change(value["places"])}))
     (partial / "complete.json").write_text("{}")
     made = run_import(source, out)
     assert 0 < made.resumed < made.nbytes and contents(out) == whole
@@ -149,3 +154,30 @@ def test_another_import_does_not_go_on(
     for name in (native_write.LOCK, "__0_0_0.distcp"):
         (partial / name).write_bytes(b"half")
     assert run_import(source, out).resumed == 0 and contents(out) == whole
+
+
+@pytest.mark.parametrize("name", ["notes", "__0_0_0.distcp", f"__0_0_0.distcp{unfinished.NOTE}"])
+def test_a_folder_inside_is_named_and_nothing_removed(name: str, place: tuple[Path, Path, dict[str, bytes]]) -> None:
+    source, out, whole = place
+    partial = out.with_name("out.partial")
+    assert in_child(lambda: run_import(source, out, killer(0.5))) == -signal.SIGKILL
+    (partial / name).unlink(missing_ok=True)
+    (partial / name).mkdir()
+    before = {path.name for path in partial.iterdir()}
+    with pytest.raises(CheckpointError, match=rf"out\.partial/{name} is a folder, .*move it away"):
+        run_import(source, out)
+    assert {path.name for path in partial.iterdir()} == before
+    (partial / name).rmdir()
+    assert run_import(source, out).resumed > 0 and contents(out) == whole
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json"])
+def test_a_file_that_goes_along_and_has_changed_is_named(
+    name: str, place: tuple[Path, Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    source, out = shutil.copytree(place[0], tmp_path / "hf"), tmp_path / "out"
+    assert in_child(lambda: run_import(source, out, killer(0.5))) == -signal.SIGKILL
+    (source / name).write_text((source / name).read_text() + "\n")
+    with pytest.raises(CheckpointError, match=rf"{name} has changed since .*out\.partial was begun: remove .* to start again"):
+        run_import(source, out)
+    assert not out.exists()

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 from moefold.launch.config import load
 from moefold.launch.convert.run import export_checkpoint, import_checkpoint
-from moefold.launch.upcycle import upcycle
+from moefold.launch.upcycle import proof, upcycle
 from moefold.launch.upcycle.targets import RefusedError
+from moefold.moe.config import ModelConfig
+from moefold.moe.model import Block
 
 
 @pytest.fixture
@@ -55,3 +59,23 @@ def test_the_same_model_twice_is_that_model(dense_model: Any, tmp_path: Path) ->
     folder = dense_model("Qwen3")
     result = upcycle([folder] * 2, tmp_path / "out", target="native", method="bam", inexact_ok=True, proof_tokens=24)
     assert result.proof is not None and result.proof.end.worst < 1e-5 and result.proof.worst.worst < 1e-5
+
+
+def test_in_16_bits_routers_stay_as_wide_as_they_were(dense_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of attention experts too: training computes their logits in float32."""
+    seen: dict[str, list[Tensor]] = {}
+    added = proof.added
+
+    def watched(block: Block, config: ModelConfig, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        for name, weight in block.named_parameters():
+            if config.attention_experts > 1:
+                seen.setdefault(name, []).append(weight.clone())
+        return added(block, config, x_BSD)
+
+    monkeypatch.setattr(proof, "added", watched)
+    folder = dense_model("Qwen3", torch.bfloat16)
+    upcycle([folder] * 2, tmp_path / "out", target="native", method="bam", inexact_ok=True, proof_tokens=24)
+    routers = {name for name in seen if "router" in name}
+    assert routers == {"attention.router.weight_ND", "moe.router.weight_ED"}
+    for name, weights in seen.items():
+        assert {w.dtype for w in weights} == {torch.float32} | ({torch.bfloat16} if name not in routers else set()), name

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from moefold.launch.config import load
-from moefold.launch.upcycle import upcycle
+from moefold.launch.upcycle import run, upcycle
+from moefold.launch.upcycle.report import ProofError
 from moefold.launch.upcycle.targets import RefusedError
 from moefold.moe.hf.families import read_parts
 from moefold.moe.hf.files import Checkpoint
+from moefold.moe.hf.matrix import Scaled
+from moefold.moe.hf.shards import Tensors
 from numeric import assert_same
 from tiny_models import native_model, tiny_model
 
@@ -51,6 +54,36 @@ def test_with_experts_its_logits_are_those_of_transformers(
     with torch.no_grad():
         got = native_model(config, parts)(IDS)[0]
     assert_same({"logits": got}, {"logits": want}, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model in 16 bits."""
+    folder = tmp_path_factory.mktemp("halves")
+    tiny_model("gpt2").to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def test_in_16_bits_what_is_only_transposed_is_not_rounded(halves: Path, tmp_path: Path) -> None:
+    result = upcycle(halves, tmp_path / "out", target="native", num_experts=4, proof_tokens=24)
+    assert result.proof is not None and result.proof.passed and result.proof.stored_dtype == "BF16"
+    assert result.proof.tolerance == 1e-5 > result.proof.worst.worst and "no weight was rounded" in result.proof.tolerance_says
+    [origin] = result.manifest["sources"]
+    assert {use["use"] for use in origin["tensors"].values()} == {"copied"}
+
+
+def test_in_16_bits_a_projection_that_is_one_percent_off_fails(
+    halves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, name = run.write_checkpoint, "layers.1.moe.experts.w2_EDF"
+
+    def spoil(folder: Path, config: dict[str, Any], tensors: Tensors, **options: Any) -> Any:
+        matrix, dtype = tensors[name]
+        return write(folder, config, {**tensors, name: (Scaled(matrix, 1.01), dtype)}, **options)
+
+    monkeypatch.setattr(run, "write_checkpoint", spoil)
+    with pytest.raises(ProofError, match="does NOT compute what the dense model does"):
+        upcycle(halves, tmp_path / "out", target="native", num_experts=4, proof_tokens=24)
 
 
 def test_no_other_format_is_chosen(gpt2: tuple[Path, Tensor], tmp_path: Path) -> None:

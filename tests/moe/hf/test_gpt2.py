@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,7 @@ from moefold.moe.config import ModelConfig, MoEConfig
 from moefold.moe.errors import CheckpointError, ConfigError
 from moefold.moe.hf.families import FAMILIES, family_of, ignored_tensors, read_parts, write_tensors
 from moefold.moe.hf.files import Checkpoint
-from moefold.moe.hf.matrix import Given, Rows
+from moefold.moe.hf.matrix import Given, Rows, Stored
 from moefold.moe.hf.rewrites import adapt, rewritten
 from moefold.moe.hf.rules import ARCHETYPES, TARGETS, rule_for
 from moefold.moe.hf.transposed import BAND_BYTES, Band, Transposed
@@ -76,6 +78,14 @@ def test_the_first_releases_have_other_names_and_masks(folder: Path, tmp_path: P
         read_parts(opened(folder, tmp_path / "more", weights | {"transformer.h.0.crossattention.q_attn.bias": torch.ones(3)}))
 
 
+@pytest.mark.parametrize("name", ["attn.c_attn.bias", "mlp.c_fc.bias", "mlp.c_fc.weight", "ln_1.bias"])
+def test_whole_numbers_are_refused_wherever_they_are(name: str, folder: Path, tmp_path: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = f"transformer.h.1.{name}"
+    with pytest.raises(CheckpointError, match=rf"damaged.*: {name} is I8, so it is quantised: use the checkpoint that it was"):
+        read_parts(opened(folder, tmp_path / "damaged", weights | {name: weights[name].to(torch.int8)}))
+
+
 def test_projections_are_read_in_bands() -> None:
     """Values do not depend on the steps that they are read in, nor on who else shares the band."""
     values = torch.randn(5, 300, dtype=torch.float64).numpy()
@@ -90,6 +100,29 @@ def test_projections_are_read_in_bands() -> None:
     assert (Transposed(wide, band).block(2, 7, 0, 9, "F32") == wide.values[:9, 2:7].T).all()
     with pytest.raises(ValueError, match=r"not what has shape \[3\]"):
         Transposed(Given(values[0, :3]), band)
+
+
+def test_of_a_file_with_many_rows_little_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands are narrower than what is read by itself, so that whole rows are read: 64 times what is wanted of them."""
+    rows, cols, width = 16384, 1024, 16
+    values = np.random.default_rng(0).integers(0, 1 << 15, (rows, cols), dtype="u2")
+    values.tofile(tmp_path / "w")
+    tensor = Stored(path=tmp_path / "w", offset=0, shape=values.shape, dtype="BF16")
+    monkeypatch.setattr("moefold.moe.hf.transposed.BAND_BYTES", 4 * rows * width)
+    monkeypatch.setattr("moefold.moe.hf.matrix_sources.WIDE_BYTES", 3 * cols * 2)
+    matrix = Transposed(tensor, Band())
+    tracemalloc.start()
+    try:
+        found = matrix.block(width + 2, width + 5, 0, rows, "BF16")
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (found == values[:, width + 2 : width + 5].T).all()
+    wanted = rows * width * 2
+    assert held < wanted + (64 << 10) and peak < wanted + (128 << 10) < values.nbytes / 40
+    # a last step of fewer rows, and other values of the type
+    assert (tensor.block(5, 12, 1000, 1024, "BF16") == values[5:12, 1000:]).all()
+    assert (tensor.block(5, 12, 3, 9, "F32").view("<u4") == values[5:12, 3:9].astype("u4") << 16).all()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -20,6 +20,7 @@ from tiny_models import native_model
 MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=12, num_shared_experts=1)
 BASE = ModelConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=37, max_seq_len=32, moe=MOE)
 DENSE_FIRST: dict[str, Any] = {"dense_prefix_layers": 1, "dense_ffn_dim": 20}
+BIASED: dict[str, Any] = {"norm": "layer", "ffn_bias": True, "attention_bias": "all"}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("untie", {"tie_embeddings": True}),
     ("fold_embed_scale", {"tie_embeddings": True, "embed_scale": 3.0}),
@@ -31,6 +32,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("fold_residual_scale", {"residual_scale": 0.3, "norm_order": "post", **DENSE_FIRST}),
     ("fold_logits_scale", {"logits_scale": 5.0, "tie_embeddings": True}),
     ("fold_routed_scaling", {"moe": replace(MOE, router=RouterConfig(scaling_factor=2.5))}),
+    ("fold_residual_scale", {"residual_scale": 0.3, **BIASED, **DENSE_FIRST}),
+    ("fold_residual_scale", {"residual_scale": 0.3, "norm_order": "post", **BIASED}),
+    ("fold_logits_scale", {"logits_scale": 5.0, **BIASED}),
+    ("fold_routed_scaling", {"moe": replace(MOE, router=RouterConfig(scaling_factor=2.5)), **BIASED}),
+    ("open_shared_gate", BIASED),
     ("zero_qkv_bias", {}),
     ("zero_output_bias", {"attention_bias": "qkv"}),
     ("open_shared_gate", {}),
