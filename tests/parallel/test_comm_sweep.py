@@ -154,6 +154,7 @@ def profiled(rank: int, world: int) -> tuple[Swept, list[float]]:
 
 
 @pytest.mark.ranks
+@pytest.mark.alone
 def test_times_are_those_that_torch_profiler_records(gloo_pool: GlooPool) -> None:
     results = gloo_pool.run(profiled, 2)
     [curve] = alike([result for result, _ in results])

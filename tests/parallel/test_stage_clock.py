@@ -74,7 +74,7 @@ def profiled(rank: int, world: int) -> list[tuple[StepProfile, list[float], list
         profile = profile_steps(engine, batch, 2)
         time_steps(engine, batch, 1)
         after = engine.train_step(batch, 0.0).loss
-        left = [name for name in ("compute", "start", "step") for owner in _owners(engine) if _patched(owner, name)]
+        left = [name for name in ("compute", "late", "start", "step") for owner in _owners(engine) if _patched(owner, name)]
         found.append((profile, [before, profile.loss, after], left))
     return found
 
@@ -87,6 +87,8 @@ def _patched(owner: Any, name: str) -> bool:
     return "timed" in repr(vars(owner).get(name))
 
 
+@pytest.mark.ranks
+@pytest.mark.alone
 def test_a_step_is_told_apart_on_two_ranks_and_left_as_it_was(gloo_pool: GlooPool) -> None:
     ranks = gloo_pool.run(profiled, 2)
     for (profile, losses, left), (other, *_) in zip(*ranks, strict=True):
