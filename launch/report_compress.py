@@ -75,7 +75,7 @@ def savings(run: RunData, config: RunConfig) -> list[list[Any]]:
     choices = tokens * moe.top_k * (1 - dropped)
     # three products, 2 operations each, forward and twice as much backward; recompute repeats the forward part
     passes = 4 if config.parallel.recompute == "selective" else 3
-    work = choices * passes * 2 * (3 if model.ffn_gate else 2) * model.dim * moe.expert_dim / 1e12
+    work = choices * passes * 2 * model.ffn_matrices * model.dim * moe.expert_dim / 1e12
     lines: list[list[Any]] = [
         ["rows to experts", choices, _times(choices, share)],
         ["work of routed experts (TFLOP)", work, _times(work, share)],

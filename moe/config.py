@@ -292,9 +292,14 @@ class ModelConfig:
     def _norm_params(self) -> int:
         return self.dim * (2 if self.norm == "layer" else 1)
 
+    @property
+    def ffn_matrices(self) -> int:
+        """Of one feed-forward network: gate, up and down, or two of them without a gate."""
+        return 3 if self.ffn_gate else 2
+
     def _ffn_biases(self, width: int) -> int:
         """Biases of one feed-forward network of a hidden width; of width 0 there is none."""
-        return (width * (2 if self.ffn_gate else 1) + self.dim) if self.ffn_bias and width else 0
+        return (width * (self.ffn_matrices - 1) + self.dim) if self.ffn_bias and width else 0
 
     def _vector_params(self, index: int, experts: int) -> int:
         """Norm weights and biases of one layer: what no matrix product is made with."""
@@ -312,7 +317,7 @@ class ModelConfig:
         q, kv = self.attention_experts * self.num_heads * hd, self.kv_sets * self.resolved_kv_heads * hd
         mixing = d * self.attention_experts if self.attention_experts > 1 else 0
         outside = d * q + 2 * d * kv + q * d + mixing + self._vector_params(index, experts)
-        matrices = d * (3 if self.ffn_gate else 2)
+        matrices = d * self.ffn_matrices
         if not self.is_moe_layer(index):
             return outside + matrices * (self.dense_ffn_dim or 0)
         assert self.moe is not None

@@ -76,20 +76,24 @@ def make_plan(
     return DispatchPlan(indices_TK, weights_TK, kept_TK, order_R, row_TK, counts_E, kernels)
 
 
-class Experts(Protocol):
+class Computing(Protocol):
+    """What experts do with rows: see `moe.experts.GroupedExperts.compute`."""
+
+    def compute(
+        self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class Experts(Computing, Protocol):
     """The experts of this rank: see `moe.experts.GroupedExperts`."""
 
     def __call__(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
         """`work(x_TD, self)`, with the weights at hand."""
         ...
 
-    def late(self) -> Experts:
+    def late(self) -> Computing:
         """The same for one call of `compute`, with weights whose gradients are computed late, in the turn of this call."""
         ...
-
-    def compute(
-        self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None
-    ) -> Tensor: ...
 
 
 class Shared(Protocol):
@@ -104,7 +108,7 @@ class Flight(ABC):
     travels = True
 
     @abstractmethod
-    def land(self, experts: Experts) -> None:
+    def land(self, experts: Computing) -> None:
         """Wait for what came here, compute, and send it back without waiting."""
 
     @abstractmethod
@@ -195,7 +199,7 @@ class _AtHome(Flight):
     def __init__(self, x_TD: Tensor, plan: DispatchPlan):
         self.x_TD, self.plan = x_TD, plan
 
-    def land(self, experts: Experts) -> None:
+    def land(self, experts: Computing) -> None:
         self.experts = experts
 
     def finish(self, shared_TD: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..kernels.backend import Backend
 from ..kernels.moe_mlp import LateGradients, act, moe_layer_mlp, moe_mlp
 from .config import Activation, ModelConfig
-from .dispatch import DispatchPlan, Experts
+from .dispatch import Computing, DispatchPlan, Experts
 
 
 class FfnKind(NamedTuple):
@@ -58,7 +58,7 @@ class GroupedExperts(nn.Module):
         """
         return work(x_TD, self)
 
-    def late(self) -> Experts:
+    def late(self) -> Computing:
         """These experts, for one call of `compute` on rows: in backward, the gradients of their weights are computed when
         everything is done that was made after this call, see `LateGradients`."""
         return _LateExperts(self)
@@ -92,12 +92,6 @@ class _LateExperts:
         w13_E2FD, w2_EDF, b13_E2F = self.gradients.taken(experts.w13_E2FD, experts.w2_EDF, experts.b13_E2F)
         assert w13_E2FD is not None and w2_EDF is not None
         self.weights = (w13_E2FD, w2_EDF, b13_E2F)
-
-    def late(self) -> Experts:
-        return self
-
-    def __call__(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
-        return work(x_TD, self)
 
     def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
         # by the experts' own method, around which recomputation, clocks and windows have put themselves

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.permute import permute, unpermute
-from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight, Pieces
+from ..moe.dispatch import Computing, Dispatcher, DispatchPlan, Flight, Pieces
 from .collectives import exchange_blocks
 from .recorder import CommRecorder, probe_for
 from .transfer import Transfer, transfers
@@ -124,7 +124,7 @@ class RowFlight(Flight):
         rows_RD = permute(x_TD, plan.order_R, plan.row_TK, plan.kept_TK, plan.kernels)
         self.arriving_XD = away.start(self._copy_per_slice(rows_RD))
 
-    def land(self, experts: Experts) -> None:
+    def land(self, experts: Computing) -> None:
         received_PL = self.splits.received_PL
         index_X, inverse_X = by_expert(received_PL, sum(self.splits.receive))
         rows_XD = Reorder.apply(self.away.finish(self.arriving_XD), index_X, inverse_X)

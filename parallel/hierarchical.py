@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.backend import Backend
 from ..kernels.permute import permute, unpermute
-from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight, Pieces, make_plan
+from ..moe.dispatch import Computing, Dispatcher, DispatchPlan, Flight, Pieces, make_plan
 from .collectives import exchange_blocks
 from .mesh import NodeGroups
 from .recorder import CommRecorder, probe_for
@@ -133,7 +133,7 @@ class NodeFlight(Flight):
         self.arriving_MX = notes.start(by.notes(plan, up, node_TK))
         self.arriving_MD = rows.start(rows_RD)
 
-    def land(self, experts: Experts) -> None:
+    def land(self, experts: Computing) -> None:
         inside = self.by.plan_inside(self.notes.finish(self.arriving_MX), self.plan.kernels)
         [flight] = self.by.inner.start([self.rows.finish(self.arriving_MD)], [inside])
         flight.land(experts)

@@ -127,7 +127,7 @@ class ModelSummary:
             ep=topology.ep,
             etp=topology.etp,
             nodes=nodes,
-            matrices=3 if model.ffn_gate else 2,
+            matrices=model.ffn_matrices,
         )
         rate = 1.0 if compress.method == "none" or compress.rate is None else compress.rate
         return ModelSummary(model.moe_layers, load, moe.dispatcher, rate)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels.permute import permute, unpermute
 from ..moe.compress import LSHCodec
 from ..moe.config import ModelConfig, MoEConfig
-from ..moe.dispatch import Dispatcher, DispatchPlan, Experts, Flight, make_plan
+from ..moe.dispatch import Computing, Dispatcher, DispatchPlan, Experts, Flight, make_plan
 from ..moe.init import init_weights
 from ..moe.model import Model
 from .collectives import all_gather_dim, all_reduce, reduce_scatter_dim
@@ -148,10 +148,12 @@ class _Mirror(Dispatcher):
 
 
 class _Reflected(Flight):
+    travels = False
+
     def __init__(self, x_TD: Tensor):
         self.x_TD = x_TD
 
-    def land(self, experts: Experts) -> None:
+    def land(self, experts: Computing) -> None:
         """There is nothing to wait for."""
 
     def finish(self, shared_TD: Tensor | None = None) -> Tensor:
@@ -165,7 +167,7 @@ class _Untouched:
     def __call__(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
         return work(x_TD, self)
 
-    def late(self) -> Experts:
+    def late(self) -> Computing:
         return self
 
     def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:

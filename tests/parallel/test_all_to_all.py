@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import GlooPool, RankError, run_threads
-from moefold.moe.dispatch import DispatchPlan, Experts, Pieces, make_plan
+from moefold.moe.dispatch import Computing, DispatchPlan, Experts, Pieces, make_plan
 from moefold.parallel.all_to_all import AllToAllDispatcher, by_expert
 from moefold.parallel.mesh import build_mesh
 from moefold.parallel.topology import Topology
@@ -81,7 +81,7 @@ class Witness:
     def __call__(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
         return work(x_TD, self)
 
-    def late(self) -> Experts:
+    def late(self) -> Computing:
         return self
 
     def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import GlooPool, run_threads
-from moefold.moe.dispatch import Dispatcher, DispatchPlan, Experts, make_plan
+from moefold.moe.dispatch import Computing, Dispatcher, DispatchPlan, Experts, make_plan
 from moefold.moe.experts import GroupedExperts
 from moefold.parallel.all_to_all import AllToAllDispatcher
 from moefold.parallel.apply import build_dispatcher
@@ -247,7 +247,7 @@ class Witness:
     def __call__(self, x_TD: Tensor, work: Callable[[Tensor, Experts], Tensor]) -> Tensor:
         return work(x_TD, self)
 
-    def late(self) -> Experts:
+    def late(self) -> Computing:
         return self
 
     def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from moefold.kernels.quant_rows import dequantize_rows, quantize_rows
 from moefold.launch.parity import parity
 from moefold.launch.settings import RunConfig, TrainConfig
 from moefold.moe.config import MAX_WIRE_BLOCK, CompressConfig, ModelConfig, MoEConfig
-from moefold.moe.dispatch import DispatchPlan, Experts, make_plan
+from moefold.moe.dispatch import Computing, DispatchPlan, Experts, make_plan
 from moefold.moe.errors import CommError, ConfigError
 from moefold.moe.experts import GroupedExperts
 from moefold.parallel.apply import build_dispatcher, moe_layers
@@ -174,7 +174,7 @@ class Echo:
     def __call__(self, x_TD: Tensor, work: Any) -> Tensor:
         return work(x_TD, self)
 
-    def late(self) -> Experts:
+    def late(self) -> Computing:
         return self
 
     def compute(self, x: Tensor, counts_E: Tensor, plan: DispatchPlan | None = None, shared_TD: Tensor | None = None) -> Tensor:
